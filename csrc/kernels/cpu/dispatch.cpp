@@ -1,0 +1,38 @@
+// The only file that knows every instruction set.
+#include "kernels/cpu/table.h"
+
+// Each kernel source is compiled once per instruction set, in a namespace of that name, and defines
+// one of these tables there.
+#define TORCHWELD_DECLARE_ISA(isa)     \
+  namespace torchweld::kernels::isa {  \
+  extern const AdamWKernels adamw;     \
+  inline constexpr KernelTable table{  \
+      .adamw = &adamw,                 \
+  };                                   \
+  }
+
+TORCHWELD_DECLARE_ISA(scalar)
+#if defined(__x86_64__)
+TORCHWELD_DECLARE_ISA(avx2)
+TORCHWELD_DECLARE_ISA(avx512)
+TORCHWELD_DECLARE_ISA(avx512_vnni)
+#endif
+
+namespace torchweld::kernels {
+
+const KernelTable& table(Capability capability) {
+  switch (capability) {
+#if defined(__x86_64__)
+    case Capability::avx512_vnni:
+      return avx512_vnni::table;
+    case Capability::avx512:
+      return avx512::table;
+    case Capability::avx2:
+      return avx2::table;
+#endif
+    default:
+      return scalar::table;
+  }
+}
+
+}  // namespace torchweld::kernels

@@ -1,0 +1,225 @@
+// One register of the instruction set this file is compiled for, in GCC/Clang vector extensions.
+//
+// Arithmetic is the operators of the extension; what it lacks (fma, sqrt, conversions) is below.
+// Only intrinsics, C headers and builtins may be used here: an inline function of the standard
+// library compiled with -mavx512f could be kept by the linker for callers on older CPUs.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels/dtype.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace torchweld::kernels::TORCHWELD_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+
+inline constexpr int kLanesF = kVectorBytes / 4;
+inline constexpr int kLanesD = kVectorBytes / 8;
+
+// Arithmetic type, register and lane count for a storage type: 16-bit floats compute in float.
+template <class T>
+struct Math {
+  using Scalar = float;
+  using Vec = VecF;
+  using Mask = VecI32;
+  static constexpr int kLanes = kLanesF;
+};
+template <>
+struct Math<double> {
+  using Scalar = double;
+  using Vec = VecD;
+  using Mask = VecI64;
+  static constexpr int kLanes = kLanesD;
+};
+
+template <class V, class S>
+inline V broadcast(S s) {
+  return V{} + s;
+}
+
+// --- fused multiply-add and square root ----------------------------------------------------------
+#if defined(__AVX512F__)
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+inline VecF sqrt(VecF a) { return (VecF)_mm512_sqrt_ps((__m512)a); }
+inline VecD sqrt(VecD a) { return (VecD)_mm512_sqrt_pd((__m512d)a); }
+#elif defined(__AVX2__)
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+inline VecF sqrt(VecF a) { return (VecF)_mm256_sqrt_ps((__m256)a); }
+inline VecD sqrt(VecD a) { return (VecD)_mm256_sqrt_pd((__m256d)a); }
+#else
+inline VecF fma(VecF a, VecF b, VecF c) {
+  VecF r;
+  for (int i = 0; i < kLanesF; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  VecD r;
+  for (int i = 0; i < kLanesD; ++i) r[i] = __builtin_fma(a[i], b[i], c[i]);
+  return r;
+}
+inline VecF sqrt(VecF a) {
+  VecF r;
+  for (int i = 0; i < kLanesF; ++i) r[i] = __builtin_sqrtf(a[i]);
+  return r;
+}
+inline VecD sqrt(VecD a) {
+  VecD r;
+  for (int i = 0; i < kLanesD; ++i) r[i] = __builtin_sqrt(a[i]);
+  return r;
+}
+#endif
+
+// --- 16-bit floats -------------------------------------------------------------------------------
+inline VecF to_float(VecU16 bits, BFloat16) {
+  return (VecF)(__builtin_convertvector(bits, VecU32) << 16);
+}
+
+// Round to nearest even; NaN stays NaN (its payload's top bits, made quiet).
+inline VecU16 from_float(VecF value, BFloat16) {
+  const VecU32 bits = (VecU32)value;
+  const VecU32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const VecU32 quiet = bits | 0x400000u;
+  const VecI32 is_nan = value != value;
+  return __builtin_convertvector((is_nan ? quiet : rounded) >> 16, VecU16);
+}
+
+#if defined(__AVX512F__)
+inline VecF to_float(VecU16 bits, Float16) { return (VecF)_mm512_cvtph_ps((__m256i)bits); }
+inline VecU16 from_float(VecF value, Float16) {
+  return (VecU16)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__AVX2__)
+inline VecF to_float(VecU16 bits, Float16) { return (VecF)_mm256_cvtph_ps((__m128i)bits); }
+inline VecU16 from_float(VecF value, Float16) {
+  return (VecU16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// Bit conversions after Fabian Giesen, "float->half variants"
+// (https://gist.github.com/rygorous/2156668): exact, subnormals and NaN included.
+inline float half_bits_to_float(uint16_t half) {
+  uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+  const uint32_t exponent = bits & 0x0f800000u;
+  bits += (127 - 15) << 23;
+  if (exponent == 0x0f800000u) {
+    bits += (128 - 16) << 23;  // infinity, NaN
+  } else if (exponent == 0) {  // zero, subnormal: renormalize by a subtraction of 2^-14
+    bits += 1 << 23;
+    float f, magic;
+    const uint32_t magic_bits = 113u << 23;
+    memcpy(&f, &bits, 4);
+    memcpy(&magic, &magic_bits, 4);
+    f -= magic;
+    memcpy(&bits, &f, 4);
+  }
+  bits |= (uint32_t)(half & 0x8000) << 16;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline uint16_t float_to_half_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | ((bits >> 13) & 0x3ffu));  // NaN
+  if (bits >= 0x47800000u) return (uint16_t)(sign | 0x7c00u);  // infinity, overflow
+  if (bits < 0x38800000u) {  // subnormal or zero: the adder of the FPU does the rounding
+    float f, magic = 0.5f;
+    memcpy(&f, &bits, 4);
+    f += magic;
+    uint32_t magic_bits, sum;
+    memcpy(&magic_bits, &magic, 4);
+    memcpy(&sum, &f, 4);
+    return (uint16_t)(sign | (sum - magic_bits));
+  }
+  const uint32_t odd = (bits >> 13) & 1u;
+  bits += ((uint32_t)(15 - 127) << 23) + 0xfffu + odd;
+  return (uint16_t)(sign | (bits >> 13));
+}
+
+inline VecF to_float(VecU16 bits, Float16) {
+  VecF r;
+  for (int i = 0; i < kLanesF; ++i) r[i] = half_bits_to_float(bits[i]);
+  return r;
+}
+inline VecU16 from_float(VecF value, Float16) {
+  VecU16 r;
+  for (int i = 0; i < kLanesF; ++i) r[i] = float_to_half_bits(value[i]);
+  return r;
+}
+#endif
+
+// --- load and store, any alignment ---------------------------------------------------------------
+inline VecF load(const float* p) {
+  VecF v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline VecD load(const double* p) {
+  VecD v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline VecF load(const T* p) {
+  VecU16 bits;
+  memcpy(&bits, p, sizeof bits);
+  return to_float(bits, T{});
+}
+
+inline void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
+inline void store(double* p, VecD v) { memcpy(p, &v, sizeof v); }
+template <class T>
+inline void store(T* p, VecF v) {
+  const VecU16 bits = from_float(v, T{});
+  memcpy(p, &bits, sizeof bits);
+}
+
+// The first `count` elements; the other lanes are zero.
+template <class T>
+inline typename Math<T>::Vec load_partial(const T* p, int64_t count) {
+  T buffer[Math<T>::kLanes];
+  memset(buffer, 0, sizeof buffer);
+  memcpy(buffer, p, (size_t)count * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+inline void store_partial(T* p, typename Math<T>::Vec v, int64_t count) {
+  T buffer[Math<T>::kLanes];
+  store(buffer, v);
+  memcpy(p, buffer, (size_t)count * sizeof(T));
+}
+
+// The value rounded to what storing it as T and loading it again would give.
+template <class T>
+inline typename Math<T>::Vec round_to(typename Math<T>::Vec v) {
+  if constexpr (sizeof(T) == 2) {
+    return to_float(from_float(v, T{}), T{});
+  } else {
+    return v;
+  }
+}
+
+}  // namespace torchweld::kernels::TORCHWELD_ISA

@@ -1,0 +1,81 @@
+#include "ops/adamw.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "ops/check.h"
+
+namespace torchweld::ops {
+namespace {
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i)) return false;
+    // The stride of a dimension of size 1 is never used.
+    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+  }
+  return true;
+}
+
+void check_list(const TensorList& params, const TensorList& list, const char* argument) {
+  TORCHWELD_CHECK(list.size() == params.size(), "adamw_step_", argument,
+                  params.size() << " tensors, one per param", list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    TORCHWELD_CHECK(list[i].scalar_type() == params[i].scalar_type(), "adamw_step_", argument,
+                    dtype_name(params[i].scalar_type()) << " as params[" << i << "]", dtype_name(list[i].scalar_type()));
+    TORCHWELD_CHECK(same_layout(list[i], params[i]), "adamw_step_", argument,
+                    "the shape " << shape_string(params[i]) << " and the strides of params[" << i
+                                 << "]",
+                    shape_string(list[i]) << (list[i].numel() == params[i].numel()
+                                                  ? " with other strides"
+                                                  : ""));
+  }
+}
+
+}  // namespace
+
+bool is_dense(const Tensor& tensor) {
+  std::vector<int64_t> dims;
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) == 0) return true;
+    if (tensor.size(i) > 1) dims.push_back(i);
+  }
+  std::sort(dims.begin(), dims.end(),
+            [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
+  int64_t expected = 1;
+  for (int64_t i : dims) {
+    if (tensor.stride(i) != expected) return false;
+    expected *= tensor.size(i);
+  }
+  return true;
+}
+
+void check_adamw_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                      const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                      const TensorList& state_steps, bool amsgrad) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    TORCHWELD_CHECK(to_dtype(params[i].scalar_type()), "adamw_step_", "params",
+                    "float32, float64, bfloat16 or float16", dtype_name(params[i].scalar_type()));
+    TORCHWELD_CHECK(is_dense(params[i]), "adamw_step_", "params",
+                    "non-overlapping and dense memory", "params[" << i << "] with gaps");
+  }
+  check_list(params, grads, "grads");
+  check_list(params, exp_avgs, "exp_avgs");
+  check_list(params, exp_avg_sqs, "exp_avg_sqs");
+  if (amsgrad) {
+    check_list(params, max_exp_avg_sqs, "max_exp_avg_sqs");
+  } else {
+    TORCHWELD_CHECK(max_exp_avg_sqs.empty(), "adamw_step_", "max_exp_avg_sqs",
+                    "an empty list without amsgrad", max_exp_avg_sqs.size() << " tensors");
+  }
+  TORCHWELD_CHECK(state_steps.size() == params.size(), "adamw_step_", "state_steps",
+                  params.size() << " tensors, one per param", state_steps.size());
+  for (const Tensor& step : state_steps) {
+    TORCHWELD_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Float, "adamw_step_",
+                    "state_steps", "float32 scalars",
+                    dtype_name(step.scalar_type()) << " of shape " << shape_string(step));
+  }
+}
+
+}  // namespace torchweld::ops

@@ -1,0 +1,62 @@
+// The single door to torch. Everything in ops/ reaches torch through the LibTorch Stable ABI, so one
+// binary loads in every torch release from the target on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels/dtype.h"
+
+namespace torchweld::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+using IntList = std::vector<int64_t>;
+using TensorList = std::vector<Tensor>;
+
+// f(begin, end) over [0, size), on torch's own threads. It must not throw: an exception cannot leave
+// a worker thread.
+template <class F>
+void parallel_for(int64_t size, int64_t grain, const F& f) {
+  if (size <= 0) return;
+  torch::stable::parallel_for(0, size, grain, f);
+}
+
+// Turns autograd recording off for the calls into ATen an operator makes. Below Python's autograd it
+// is off already; a C++ program that calls the operator directly has it on.
+class NoGradGuard {
+ public:
+  NoGradGuard() : previous_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(previous_); }
+  NoGradGuard(const NoGradGuard&) = delete;
+  NoGradGuard& operator=(const NoGradGuard&) = delete;
+
+ private:
+  bool previous_;
+};
+
+inline std::optional<kernels::DType> to_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return kernels::DType::float32;
+    case ScalarType::Double:
+      return kernels::DType::float64;
+    case ScalarType::BFloat16:
+      return kernels::DType::bfloat16;
+    case ScalarType::Half:
+      return kernels::DType::float16;
+    default:
+      return std::nullopt;
+  }
+}
+
+}  // namespace torchweld::ops

@@ -1,0 +1,11 @@
+"""torchweld: fused operators for PyTorch, for CPU and CUDA, from Python and from C++."""
+
+from torchweld import _library
+
+_library.load()
+
+from torchweld import ops  # noqa: E402
+from torchweld._C import __version__  # noqa: E402
+from torchweld._library import cmake_prefix_path  # noqa: E402
+
+__all__ = ["__version__", "cmake_prefix_path", "ops"]

@@ -1,0 +1,27 @@
+"""Finds and loads the compiled libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# torch first: _C and the operator library resolve torch's symbols from what is already loaded.
+from torchweld import _C
+
+# In an editable install Python files stay in the checkout and binaries land in site-packages, so
+# every path is taken from the compiled module.
+root = Path(_C.__file__).parent
+ops_library = root / "lib" / "libtorchweld_ops.so"
+cmake_prefix_path = str(root / "share" / "cmake")
+
+
+def load() -> None:
+    """Register the operators under ``torch.ops.torchweld``.
+
+    Raises:
+        RuntimeError: ``TORCHWELD_CPU_CAPABILITY`` names an instruction set that is unknown or that
+            this machine cannot run.
+    """
+    _C.cpu_capability()
+    torch.ops.load_library(ops_library)
