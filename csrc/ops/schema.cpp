@@ -3,14 +3,15 @@
 #include "ops/torch_compat.h"
 
 STABLE_TORCH_LIBRARY(torchweld, m) {
-  // One AdamW step over all tensors, in place. Tensor k of every list has the shape, strides and
-  // dtype of param k; max_exp_avg_sqs is empty unless amsgrad; state_steps[k] is a float32 scalar
-  // that already counts this step. grad_scale multiplies every gradient and is not written back.
+  // One AdamW step over all tensors, in place. Tensor k of every list has the shape and dtype of
+  // param k, with any strides; max_exp_avg_sqs is empty unless amsgrad; state_steps[k] is a float32
+  // scalar that counts the steps done, this one not yet. grad_scale (float64 scalar) multiplies
+  // every gradient and is not written back.
   m.def(
       "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor[] state_steps, *, float lr, "
-      "float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize, "
-      "Tensor? grad_scale=None) -> ()");
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, *, "
+      "float lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, "
+      "bool maximize, Tensor? grad_scale=None) -> ()");
   // 2-norm over all elements of all tensors, accumulated in float64 in an order fixed by the sizes
   // alone: a float64 scalar.
   m.def("grad_norm(Tensor[] grads) -> Tensor");

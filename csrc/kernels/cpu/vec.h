@@ -212,6 +212,16 @@ inline void store_partial(T* p, typename Math<T>::Vec v, int64_t count) {
   memcpy(p, buffer, (size_t)count * sizeof(T));
 }
 
+// The lanes in double, lower half first.
+inline void widen(VecD v, VecD (&out)[1]) { out[0] = v; }
+inline void widen(VecF v, VecD (&out)[2]) {
+  typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));
+  HalfF half[2];
+  memcpy(half, &v, sizeof v);
+  out[0] = __builtin_convertvector(half[0], VecD);
+  out[1] = __builtin_convertvector(half[1], VecD);
+}
+
 // The value rounded to what storing it as T and loading it again would give.
 template <class T>
 inline typename Math<T>::Vec round_to(typename Math<T>::Vec v) {
