@@ -10,17 +10,15 @@ namespace {
 constexpr const char* kDTypes = "float32, float64, bfloat16, float16, complex64 or complex128";
 
 bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
+  const auto sizes = a.sizes(), others = b.sizes();
+  return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
 }
 
 // Whether two indices share memory, as in an expanded tensor: there is no telling which is to win.
 bool overlaps(const Tensor& tensor) {
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) > 1 && tensor.stride(i) == 0) return true;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] > 1 && strides[i] == 0) return true;
   }
   return false;
 }
@@ -52,25 +50,26 @@ std::optional<RealType> real_type(ScalarType type) {
 }
 
 bool is_dense(const Tensor& tensor) {
-  std::vector<int64_t> dims;
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) == 0) return true;
-    if (tensor.size(i) > 1) dims.push_back(i);
+  if (tensor.is_contiguous()) return true;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<size_t> dims;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] > 1) dims.push_back(i);
   }
-  std::sort(dims.begin(), dims.end(),
-            [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
+  std::sort(dims.begin(), dims.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
   int64_t expected = 1;
-  for (int64_t i : dims) {
-    if (tensor.stride(i) != expected) return false;
-    expected *= tensor.size(i);
+  for (size_t i : dims) {
+    if (strides[i] != expected) return false;
+    expected *= sizes[i];
   }
   return true;
 }
 
 bool same_layout(const Tensor& a, const Tensor& b) {
-  for (int64_t i = 0; i < a.dim(); ++i) {
+  const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
     // The stride of a dimension of size 1 is never used.
-    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+    if (sizes[i] > 1 && strides[i] != others[i]) return false;
   }
   return true;
 }

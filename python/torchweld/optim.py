@@ -189,7 +189,7 @@ class AdamW(torch.optim.AdamW):
                     values[name] = _with_strides_of(param, moment)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step.
 
         Args:
@@ -205,7 +205,7 @@ class AdamW(torch.optim.AdamW):
 
         batches = [self._batch(group) for group in self.param_groups]
         scale = self._clip([grad for batch in batches for grad in batch.grads])
-        for group, batch in zip(self.param_groups, batches):
+        for group, batch in zip(self.param_groups, batches, strict=True):
             beta1, beta2 = group["betas"]
             ops.adamw_step_(
                 *batch,

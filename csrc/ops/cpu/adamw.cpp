@@ -13,19 +13,16 @@ using kernels::AdamWScalars;
 using kernels::AdamWSpan;
 using kernels::DType;
 
-// Elements a task updates: large enough to hide the cost of a task, small enough to spread a model
-// of a few large tensors over the threads.
-constexpr int64_t kTaskSize = 1 << 15;
-static_assert(kTaskSize % kernels::kAdamWSpanUnit == 0);
+// Elements that are worth a thread of their own.
+constexpr int64_t kGrain = 1 << 15;
+// The unit of splitting: a multiple of a cache line in every dtype, and of kAdamWSpanUnit, so that
+// where a tensor is cut never changes a bit.
+constexpr int64_t kUnit = 64;
+static_assert(kUnit % kernels::kAdamWSpanUnit == 0);
+// Elements that make one partial sum of the norm: fixed, so that the sum is.
+constexpr int64_t kSumSize = 1 << 14;
 
-// f(begin, size) over the elements of a tensor, at most kTaskSize at a time: all tensors end in one
-// flat list, so that one parallel region serves a thousand biases as well as one embedding.
-template <class F>
-void for_each_chunk(int64_t numel, const F& f) {
-  for (int64_t begin = 0; begin < numel; begin += kTaskSize) {
-    f(begin, std::min(kTaskSize, numel - begin));
-  }
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The tensors of one parameter, brought to one dense layout. A tensor that is not in it already is
 // worked on in a copy; write_back() copies the results home.
@@ -60,11 +57,45 @@ class Aligned {
   std::vector<std::pair<Tensor, Tensor>> results_;
 };
 
-struct Task {
+// A parameter in the flat list of units over all parameters.
+struct Job {
   AdamWSpan span;
   DType dtype;
   size_t scalars;
+  int64_t first_unit;
 };
+
+AdamWSpan part(const Job& job, int64_t unit, int64_t units) {
+  const int64_t begin = unit * kUnit;
+  const auto at = [offset = begin * static_cast<int64_t>(size_of(job.dtype))](auto* data) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>,
+                                    const char, char>;
+    return data == nullptr ? data : static_cast<Byte*>(data) + offset;
+  };
+  const AdamWSpan& s = job.span;
+  return {at(s.param),      at(s.grad),           at(s.exp_avg),
+          at(s.exp_avg_sq), at(s.max_exp_avg_sq), std::min(units * kUnit, s.size - begin)};
+}
+
+// All parameters in one parallel region, cut by elements and not by tensors: it serves a thousand
+// biases as well as one embedding, and a small model stays on one thread.
+void run(const std::vector<Job>& jobs, const std::vector<AdamWScalars>& scalars, int64_t units) {
+  const kernels::AdamWKernels& kernels = *cpu_kernels().adamw;
+  parallel_for(units, kGrain / kUnit, [&](int64_t begin, int64_t end) {
+    auto job = std::upper_bound(jobs.begin(), jobs.end(), begin,
+                                [](int64_t unit, const Job& j) { return unit < j.first_unit; }) -
+               1;
+    for (; begin < end; ++job) {
+      const int64_t skipped = begin - job->first_unit;
+      const int64_t count = std::min(ceil_div(job->span.size, kUnit) - skipped, end - begin);
+      if (count > 0) {
+        kernels.step[static_cast<size_t>(job->dtype)](part(*job, skipped, count),
+                                                      scalars[job->scalars]);
+      }
+      begin += count;
+    }
+  });
+}
 
 void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
                  TensorList max_exp_avg_sqs, TensorList state_steps, double lr, double beta1,
@@ -83,7 +114,8 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
   NoGradGuard no_grad;
   std::vector<Aligned> aligned;
   std::vector<AdamWScalars> scalars;
-  std::vector<Task> tasks;
+  std::vector<Job> jobs;
+  int64_t units = 0;
   double last_step = 0;
   for (size_t k = 0; k < params.size(); ++k) {
     const double step = *state_steps[k].mutable_data_ptr<float>() += 1;
@@ -99,28 +131,20 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
       last_step = step;
     }
     const RealType type = *real_type(params[k].scalar_type());
-    const int64_t bytes = static_cast<int64_t>(size_of(type.dtype));
     Aligned& own = aligned.emplace_back(params[k]);
-    char* const p = own.update(params[k]);
-    const char* const g = own.read(grads[k]);
-    char* const m = own.update(exp_avgs[k]);
-    char* const v = own.update(exp_avg_sqs[k]);
-    char* const v_max = amsgrad ? own.update(max_exp_avg_sqs[k]) : nullptr;
-    for_each_chunk(params[k].numel() * type.per_element, [&](int64_t begin, int64_t size) {
-      const int64_t at = begin * bytes;
-      tasks.push_back({{p + at, g + at, m + at, v + at, amsgrad ? v_max + at : nullptr, size},
-                       type.dtype,
-                       scalars.size() - 1});
-    });
+    const int64_t size = params[k].numel() * type.per_element;
+    jobs.push_back({{.param = own.update(params[k]),
+                     .grad = own.read(grads[k]),
+                     .exp_avg = own.update(exp_avgs[k]),
+                     .exp_avg_sq = own.update(exp_avg_sqs[k]),
+                     .max_exp_avg_sq = amsgrad ? own.update(max_exp_avg_sqs[k]) : nullptr,
+                     .size = size},
+                    type.dtype,
+                    scalars.size() - 1,
+                    units});
+    units += ceil_div(size, kUnit);
   }
-
-  const kernels::AdamWKernels& kernels = *cpu_kernels().adamw;
-  parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Task& task = tasks[i];
-      kernels.step[static_cast<size_t>(task.dtype)](task.span, scalars[task.scalars]);
-    }
-  });
+  run(jobs, scalars, units);
   for (Aligned& own : aligned) own.write_back();
 }
 
@@ -134,18 +158,22 @@ Tensor grad_norm(TensorList grads) {
   NoGradGuard no_grad;
   std::vector<Aligned> aligned;
   std::vector<Chunk> chunks;
+  int64_t total_size = 0;
   for (const Tensor& grad : grads) {
     const RealType type = *real_type(grad.scalar_type());
     const char* data = aligned.emplace_back(grad).read(grad);
-    for_each_chunk(grad.numel() * type.per_element, [&](int64_t begin, int64_t size) {
-      const int64_t at = begin * static_cast<int64_t>(size_of(type.dtype));
-      chunks.push_back({data + at, size, type.dtype});
-    });
+    const int64_t size = grad.numel() * type.per_element;
+    for (int64_t begin = 0; begin < size; begin += kSumSize) {
+      chunks.push_back({data + begin * static_cast<int64_t>(size_of(type.dtype)),
+                        std::min(kSumSize, size - begin), type.dtype});
+    }
+    total_size += size;
   }
 
   const kernels::AdamWKernels& kernels = *cpu_kernels().adamw;
+  const int64_t count = static_cast<int64_t>(chunks.size());
   std::vector<double> sums(chunks.size());
-  parallel_for(static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(count, total_size < 2 * kGrain ? count : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Chunk& chunk = chunks[i];
       sums[i] = kernels.sum_of_squares[static_cast<size_t>(chunk.dtype)](chunk.data, chunk.size);
