@@ -1,8 +1,8 @@
 """Train, weld, quantize, export, and classify in a C++ process: handwritten digits from end to end.
 
 Trains the same small CNN twice on real handwritten digits, once with stock PyTorch and once with
-torchweld's fused operators and optimizer; quantizes the linear layers of the second; exports it; and
-has the C++ program `weld` classify the held-out images. Ends with one table.
+torchweld's fused operators and optimizer; quantizes the linear layers of the second; exports it;
+and has the C++ program `weld` classify the held-out images. Ends with one table.
 
     make demo                                  # scikit-learn's bundled digits, resized to 28x28
     python examples/digits.py --weld build/app/weld --mnist ~/data/MNIST/raw
@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchweld as tw
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
-
-import torchweld as tw
 
 BATCH_SIZE = 64
 LOWEST_ACCURACY = 0.98

@@ -1,4 +1,4 @@
-"""A short run of every operator family against stock PyTorch, for wheels under other torch releases.
+"""A short run of every operator family against stock PyTorch, for a wheel under another torch.
 
 Needs torch, numpy and an installed torchweld, nothing else: ``python tests/smoke.py``.
 """
@@ -9,9 +9,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
-
 import torchweld as tw
+from torch import nn
 
 
 def small_cnn() -> nn.Module:
@@ -62,7 +61,8 @@ def main() -> None:
 
     compiled = torch.compile(welded, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), welded(x))
-    print(f"torch {torch.__version__}: torchweld {tw.__version__} works ({tw.info()['cpu capability']})")
+    capability = tw.info()["cpu capability"]
+    print(f"torch {torch.__version__}: torchweld {tw.__version__} works ({capability})")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from torchweld import _C
 
 AVAILABLE = _C.available_cpu_capabilities().split(",")

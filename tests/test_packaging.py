@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import torchweld as tw
 from torchweld import _C, _library
 
@@ -41,7 +40,7 @@ def test_run_paths_are_relative():
 
 
 def test_operator_library_uses_the_stable_abi_alone():
-    # C++ symbols of torch or c10 would tie the binary to one release; the stable ABI is C functions.
+    # A C++ symbol of torch would tie the binary to one release; the stable ABI is C functions.
     symbols = subprocess.run(
         ["nm", "-DC", "--undefined-only", str(_library.ops_library)],
         capture_output=True,
@@ -55,7 +54,9 @@ def test_operator_library_uses_the_stable_abi_alone():
 def test_only_instruction_set_objects_carry_machine_flags():
     flags = re.compile(r"-m(avx|fma|f16c|arch|tune|sse)")
     lists = [*ROOT.glob("CMakeLists.txt"), *(ROOT / "csrc").rglob("CMakeLists.txt")]
-    with_flags = [path.relative_to(ROOT).as_posix() for path in lists if flags.search(path.read_text())]
+    with_flags = [
+        path.relative_to(ROOT).as_posix() for path in lists if flags.search(path.read_text())
+    ]
     assert with_flags == ["csrc/kernels/CMakeLists.txt"]
 
 
@@ -123,7 +124,9 @@ def test_consumer_project(tmp_path):
     ]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
-    result = subprocess.run([str(tmp_path / "consumer")], check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [str(tmp_path / "consumer")], check=True, capture_output=True, text=True
+    )
     assert result.stdout.split() == [tw.__version__, _C.cpu_capability(), "6.9282"]
 
 

@@ -1,5 +1,5 @@
-// The little a test of a kernel needs: a check that says where and what, and the list of instruction
-// sets to run.
+// The little a test of a kernel needs: a check that says where and what, and the list of
+// instruction sets to run.
 #pragma once
 
 #include <cstdio>
@@ -8,14 +8,14 @@
 
 #include "kernels/cpu/table.h"
 
-#define CHECK(condition, ...)                                           \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                \
-      std::fputc('\n', stderr);                                         \
-      std::exit(1);                                                     \
-    }                                                                   \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fputc('\n', stderr);                                            \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
 namespace torchweld::kernels {

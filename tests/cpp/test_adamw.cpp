@@ -13,7 +13,8 @@ constexpr int64_t kSizes[] = {0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 100, 257
 
 // A buffer of exactly `size` elements, at an address of no particular alignment.
 struct Buffer {
-  Buffer(int64_t size, unsigned seed, DType dtype) : bytes(size * size_of(dtype)), data(new char[bytes]) {
+  Buffer(int64_t size, unsigned seed, DType dtype)
+      : bytes(size * size_of(dtype)), data(new char[bytes]) {
     std::mt19937 random(seed);
     std::uniform_real_distribution<double> uniform(0.01, 1.0);
     for (int64_t i = 0; i < size; ++i) {
@@ -42,14 +43,22 @@ struct Buffer {
 
 struct State {
   State(int64_t size, DType dtype)
-      : p(size, 1, dtype), g(size, 2, dtype), m(size, 3, dtype), v(size, 4, dtype), x(size, 5, dtype) {}
+      : p(size, 1, dtype),
+        g(size, 2, dtype),
+        m(size, 3, dtype),
+        v(size, 4, dtype),
+        x(size, 5, dtype) {}
   Buffer p, g, m, v, x;
 };
 
 State stepped(Capability capability, int64_t size, DType dtype, bool amsgrad) {
   State s(size, dtype);
-  const AdamWSpan span{s.p.data.get(), s.g.data.get(), s.m.data.get(), s.v.data.get(),
-                       amsgrad ? s.x.data.get() : nullptr, size};
+  const AdamWSpan span{s.p.data.get(),
+                       s.g.data.get(),
+                       s.m.data.get(),
+                       s.v.data.get(),
+                       amsgrad ? s.x.data.get() : nullptr,
+                       size};
   const AdamWScalars scalars{.decay = 1 - 1e-5,
                              .beta1 = 0.9,
                              .beta2 = 0.999,
@@ -65,8 +74,9 @@ void check_step(int64_t size, DType dtype, bool amsgrad) {
   const State before(size, dtype);
   const State expected = stepped(Capability::scalar, size, dtype, amsgrad);
   // A few 16-bit values may all round back to where they were.
-  CHECK(size < 16 || !(expected.p == before.p), "the step changes the parameter: size %ld, dtype %d",
-        static_cast<long>(size), static_cast<int>(dtype));
+  CHECK(size < 16 || !(expected.p == before.p),
+        "the step changes the parameter: size %ld, dtype %d", static_cast<long>(size),
+        static_cast<int>(dtype));
   CHECK(expected.g == before.g, "the gradient is only read");
   for (Capability capability : available_capabilities()) {
     const State s = stepped(capability, size, dtype, amsgrad);

@@ -1,4 +1,4 @@
-"""torchvision's models, welded. Runs apart from the other tests: torchvision wants the newest torch."""
+"""torchvision's models, welded. Runs apart from the other tests: it wants the newest torch."""
 
 import copy
 
