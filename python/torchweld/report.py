@@ -65,12 +65,10 @@ class Report:
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in [header, *cells]) for i in range(3)]
-        lines = [header, tuple("-" * width for width in widths) + ("------",), *cells]
+        rule = (*("-" * width for width in widths), "------")
         return "\n".join(
-            "  ".join(
-                [*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[3]]
-            )
-            for line in lines
+            "  ".join([*map(str.ljust, line[:3], widths), line[3]])
+            for line in [header, rule, *cells]
         )
 
 
