@@ -8,5 +8,7 @@ from torchweld import _dispatch as _dispatch  # noqa: E402
 from torchweld import ops, optim  # noqa: E402
 from torchweld._C import __version__  # noqa: E402
 from torchweld._library import cmake_prefix_path  # noqa: E402
+from torchweld.info import info  # noqa: E402
+from torchweld.report import Report, report  # noqa: E402
 
-__all__ = ["__version__", "cmake_prefix_path", "ops", "optim"]
+__all__ = ["Report", "__version__", "cmake_prefix_path", "info", "ops", "optim", "report"]
