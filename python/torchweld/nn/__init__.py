@@ -1,0 +1,5 @@
+"""Fused modules."""
+
+from torchweld.nn.quantized_linear import QuantizedLinear
+
+__all__ = ["QuantizedLinear"]
