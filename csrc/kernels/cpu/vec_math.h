@@ -7,7 +7,7 @@
 namespace torchweld::kernels::TORCHWELD_ISA {
 
 // e^x. Relative error about 2 ulp; underflows to 0, overflows to infinity, NaN stays NaN.
-inline VecF exp(VecF x) {
+static inline VecF exp(VecF x) {
   // Beyond these the result is 0 or infinity, and 2^n below would leave the exponent's range.
   const VecF hi = broadcast<VecF>(89.0f), lo = broadcast<VecF>(-104.0f);
   x = x > hi ? hi : x;
@@ -36,15 +36,15 @@ inline VecF exp(VecF x) {
 }
 
 // NaN stays NaN.
-inline VecF relu(VecF x) { return x < VecF{} ? VecF{} : x; }
+static inline VecF relu(VecF x) { return x < VecF{} ? VecF{} : x; }
 
 // x * sigmoid(z)
-inline VecF times_sigmoid(VecF x, VecF z) { return x / (exp(-z) + 1.0f); }
+static inline VecF times_sigmoid(VecF x, VecF z) { return x / (exp(-z) + 1.0f); }
 
-inline VecF silu(VecF x) { return times_sigmoid(x, x); }
+static inline VecF silu(VecF x) { return times_sigmoid(x, x); }
 
 // x/2 * (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), and (1 + tanh(u)) / 2 = sigmoid(2u).
-inline VecF gelu_tanh(VecF x) {
+static inline VecF gelu_tanh(VecF x) {
   const VecF inner = fma(x * x * 0.044715f, x, x);
   return times_sigmoid(x, inner * 1.59576912f);
 }
@@ -52,7 +52,7 @@ inline VecF gelu_tanh(VecF x) {
 // x * Phi(x), Phi the normal distribution: Phi(-|x|) = erfc(t) / 2 with t = |x| / sqrt(2).
 // erfc(t) = u exp(v R(v) - t^2), u = 2 / (2 + t), v = 1 - u; R is a Chebyshev fit (error 2e-7) of
 // ln(erfcx(t) / u) / v, so that erfc(0) = 1 exactly. The form is that of Numerical Recipes, 6.2.
-inline VecF gelu(VecF x) {
+static inline VecF gelu(VecF x) {
   const VecI32 negative = x < VecF{};
   const VecF t = (negative ? -x : x) * 0.70710678f;
   const VecF u = 2.0f / (t + 2.0f);
