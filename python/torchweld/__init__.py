@@ -7,6 +7,7 @@ _library.load()
 from torchweld import _dispatch, nn, ops  # noqa: E402, F401
 from torchweld._C import __version__  # noqa: E402
 from torchweld._library import cmake_prefix_path  # noqa: E402
+from torchweld.info import info  # noqa: E402
 from torchweld.quantization import Int4, Int8, Int8WeightOnly, quantize  # noqa: E402
 from torchweld.report import Report, report  # noqa: E402
 
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "__version__",
     "cmake_prefix_path",
+    "info",
     "nn",
     "ops",
     "quantize",

@@ -1,4 +1,4 @@
-"""Fused modules."""
+"""Neural network modules."""
 
 from torchweld.nn.quantized_linear import QuantizedLinear
 

@@ -1,4 +1,4 @@
-"""Functional ops, documented; each calls the operator of its name in ``torch.ops.torchweld``."""
+"""Documented functions over ``torch.ops.torchweld``."""
 
 from torchweld.ops.quantized_linear import (
     pack_weight,
