@@ -4,8 +4,8 @@ from torchweld import _library
 
 _library.load()
 
-from torchweld import ops  # noqa: E402
+from torchweld import _dispatch, nn, ops  # noqa: E402, F401
 from torchweld._C import __version__  # noqa: E402
 from torchweld._library import cmake_prefix_path  # noqa: E402
 
-__all__ = ["__version__", "cmake_prefix_path", "ops"]
+__all__ = ["__version__", "cmake_prefix_path", "nn", "ops"]
