@@ -7,5 +7,7 @@ _library.load()
 from torchweld import ops  # noqa: E402
 from torchweld._C import __version__  # noqa: E402
 from torchweld._library import cmake_prefix_path  # noqa: E402
+from torchweld.convert import unweld, weld  # noqa: E402
+from torchweld.report import report  # noqa: E402
 
-__all__ = ["__version__", "cmake_prefix_path", "ops"]
+__all__ = ["__version__", "cmake_prefix_path", "ops", "report", "unweld", "weld"]
