@@ -4,10 +4,21 @@ from torchweld import _library
 
 _library.load()
 
-from torchweld import ops  # noqa: E402
+from torchweld import _dispatch, nn, ops  # noqa: E402, F401
 from torchweld._C import __version__  # noqa: E402
 from torchweld._library import cmake_prefix_path  # noqa: E402
 from torchweld.convert import unweld, weld  # noqa: E402
-from torchweld.report import report  # noqa: E402
+from torchweld.info import info  # noqa: E402
+from torchweld.report import Report, report  # noqa: E402
 
-__all__ = ["__version__", "cmake_prefix_path", "ops", "report", "unweld", "weld"]
+__all__ = [
+    "Report",
+    "__version__",
+    "cmake_prefix_path",
+    "info",
+    "nn",
+    "ops",
+    "report",
+    "unweld",
+    "weld",
+]
