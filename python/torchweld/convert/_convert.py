@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torchweld.convert import _match, _rules, _welded
-from torchweld.convert._trace import Traced, Untraceable, trace
+from torchweld.convert._trace import Traced, UntraceableError, trace
 from torchweld.nn import ConvReLU2d
 from torchweld.report import Report, Row, record
 
@@ -199,7 +199,7 @@ def _owners(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[_Owner]:
                 with _welded.mode(module, training):
                     spec = _welded.usual_call(forward)
                     owner.traced.append(trace(module, forward, spec))
-            except Untraceable as error:
+            except UntraceableError as error:
                 owner.failure = owner.failure or f"cannot be traced: {error}"
         yield owner
 

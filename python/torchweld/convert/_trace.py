@@ -26,10 +26,10 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchweld.convert._values import MISSING, TENSOR, Unwatchable, fingerprint, unflatten
+from torchweld.convert._values import MISSING, TENSOR, UnwatchableError, fingerprint, unflatten
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """A forward that a graph cannot stand for; the message says why."""
 
 
@@ -64,7 +64,7 @@ def trace(owner: nn.Module, forward: Callable[..., Any], spec: object) -> Traced
             are its tensors in order.
 
     Raises:
-        Untraceable: the forward's course depends on values, or has effects, that a graph loses.
+        UntraceableError: the forward's course depends on values, or has effects, that a graph loses.
     """
     with _lock:
         watch = _Watch(owner)
@@ -76,7 +76,7 @@ def trace(owner: nn.Module, forward: Callable[..., Any], spec: object) -> Traced
                 args, kwargs = arguments
                 output = forward(owner, *args, **kwargs)
             if not _same(arguments, kept):
-                raise Untraceable("its forward changes its arguments")
+                raise UntraceableError("its forward changes its arguments")
             return output
 
         names = "".join(f", x{i}" for i in range(_count_tensors(spec)))
@@ -89,9 +89,9 @@ def trace(owner: nn.Module, forward: Callable[..., Any], spec: object) -> Traced
         try:
             graph = _Tracer(watch).trace(shell)
         except Exception as error:
-            raise Untraceable(watch.refusal or _first_line(error)) from error
+            raise UntraceableError(watch.refusal or _first_line(error)) from error
         if watch.refusal:
-            raise Untraceable(watch.refusal)
+            raise UntraceableError(watch.refusal)
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 node.target = node.target.removeprefix("owner").removeprefix(".")
@@ -193,7 +193,11 @@ _IMPURE_BUILTINS = {
     "__import__",
 }  # fmt: skip
 _QUESTIONS = {"isinstance", "hasattr", "getattr", "callable"}
-_DATA = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, type, torch.Tensor)
+_DATA = (
+    str, bytes, int, float, complex, list, tuple, dict, set, frozenset, type, enum.Enum,
+    types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()),
+    torch.Tensor, fx.Proxy,
+)  # fmt: skip
 _NOT_STATE = set(dir(nn.Module)) | set(vars(nn.Module())) - {"training", "_modules"}
 
 
@@ -210,7 +214,7 @@ class _Watch:
     def refuse(self, reason: str) -> None:
         # Kept as well as raised: the forward may catch what it likes.
         self.refusal = self.refusal or reason
-        raise Untraceable(reason)
+        raise UntraceableError(reason)
 
     def reads(self) -> Iterator[Read]:
         for _, read in self._values.values():
@@ -286,7 +290,7 @@ class _Watch:
         if (key, name) not in self._values:
             try:
                 read = Read(holder, name, fingerprint(value))
-            except Unwatchable as unwatchable:
+            except UnwatchableError as unwatchable:
                 self.refuse(f"its forward reads {name}, {unwatchable}")
             self._values[key, name] = value, read
 
@@ -299,7 +303,7 @@ class _Watch:
                 self._on_c_call(callee)
 
     def _is_users(self, frame: types.FrameType | None) -> bool:
-        """Whether a frame is the forward's own code: reached from it without going through torch."""
+        """Whether a frame is the forward's own code, reached without going through torch."""
         while frame is not None and not frame.f_code.co_filename.startswith(_TORCH):
             if frame.f_code is self.run_code:
                 return True
@@ -331,12 +335,10 @@ class _Watch:
             self.asking = name if name in _QUESTIONS else ""
         elif isinstance(home, types.ModuleType):
             allowed = home.__name__ in _PURE_MODULES | _TORCH_MODULES
-        elif home is None or isinstance(home, (_DATA, fx.Proxy, enum.Enum)):
-            allowed = True
-        elif isinstance(home, (types.MappingProxyType, type({}.keys()), type({}.values()))):
+        elif home is None or isinstance(home, _DATA):
             allowed = True
         else:
-            allowed = type(home).__module__.startswith("torch") and isinstance(home, tuple)
+            allowed = False
         if not allowed:
             self.refuse(f"its forward calls {name}()")
 
@@ -357,7 +359,7 @@ def _globals_of(code: types.CodeType) -> frozenset[str]:
 def _is_fingerprint(value: object, expected: object) -> bool:
     try:
         return fingerprint(value) == expected
-    except Unwatchable:
+    except UnwatchableError:
         return False
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-class Unwatchable(Exception):
+class UnwatchableError(Exception):
     """A value whose change could go unseen."""
 
 
@@ -35,7 +35,7 @@ def fingerprint(value: Any) -> object:
     """Return something equal for two values exactly when a traced forward treats them alike.
 
     Raises:
-        Unwatchable: the value may change inside without comparing different.
+        UnwatchableError: the value may change inside without comparing different.
     """
     if isinstance(value, nn.Module):
         return type(value)
@@ -49,14 +49,14 @@ def fingerprint(value: Any) -> object:
         return type(value), *[fingerprint(item) for item in value]
     if isinstance(value, dict):
         return type(value), *[(key, fingerprint(item)) for key, item in value.items()]
-    raise Unwatchable(f"a {type(value).__name__} that may change unseen")
+    raise UnwatchableError(f"a {type(value).__name__} that may change unseen")
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, list[torch.Tensor]]:
     """Split a call's arguments into what they look like and their tensors in order.
 
     Raises:
-        Unwatchable: an argument is an object whose content cannot be compared.
+        UnwatchableError: an argument is an object whose content cannot be compared.
     """
     leaves: list[torch.Tensor] = []
     return _flatten((args, kwargs), leaves), leaves
@@ -73,7 +73,7 @@ def _flatten(value: Any, leaves: list[torch.Tensor]) -> object:
         return kind, *[(key, _flatten(item, leaves)) for key, item in value.items()]
     if isinstance(value, _CONSTANT):
         return kind, value
-    raise Unwatchable(f"an argument of type {kind.__name__}")
+    raise UnwatchableError(f"an argument of type {kind.__name__}")
 
 
 def unflatten(spec: Any, leaves: Iterator[Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from torchweld.convert import _match, _rules
-from torchweld.convert._trace import Read, Traced, Untraceable, trace
-from torchweld.convert._values import MISSING, TENSOR, Unwatchable, fingerprint, flatten
+from torchweld.convert._trace import Read, Traced, UntraceableError, trace
+from torchweld.convert._values import MISSING, TENSOR, UnwatchableError, fingerprint, flatten
 
 _STATE, _STOCK = "_torchweld", "_torchweld_stock"
 _MOST_PLANS = 8
@@ -73,7 +73,7 @@ class Weld:
         forward = stock_class(owner).forward
         spec = usual_call(forward)
         for training in (True, False):
-            with mode(owner, training), _ignored(Untraceable):
+            with mode(owner, training), suppress(UntraceableError):
                 if self._known(owner, spec) is None:
                     self.add(owner, spec, trace(owner, forward, spec))
 
@@ -86,7 +86,7 @@ class Weld:
             return None
         try:
             self.add(owner, spec, trace(owner, stock, spec))
-        except Untraceable:
+        except UntraceableError:
             # Last in the list: a plan that holds under other reads comes first.
             self.plans.append(Plan(spec, (), (), None))
         return self.plans[-1]
@@ -148,14 +148,6 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
             part.__dict__["training"] = flag
 
 
-@contextmanager
-def _ignored(kind: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except kind:
-        pass
-
-
 def _find(owner: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = owner
     for name in path.split(".") if path else ():
@@ -176,7 +168,7 @@ def _holds(owner: nn.Module, read: Read) -> bool:
 def _is(value: object, expected: object) -> bool:
     try:
         return fingerprint(value) == expected
-    except Unwatchable:
+    except UnwatchableError:
         return False
 
 
@@ -202,7 +194,7 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
             return stock_forward(self, *args, **kwargs)
         try:
             spec, leaves = flatten(args, kwargs)
-        except Unwatchable:
+        except UnwatchableError:
             return stock_forward(self, *args, **kwargs)
         plan = weld.plan_for(self, stock_forward, spec)
         if plan is None or plan.run is None:
