@@ -4,6 +4,7 @@ from torchweld import _dispatch as _dispatch
 from torchweld import nn, ops, optim
 from torchweld._C import __version__
 from torchweld._library import cmake_prefix_path
+from torchweld.convert import unweld, weld
 from torchweld.info import info
 from torchweld.quantization import Int4, Int8, Int8WeightOnly, quantize
 from torchweld.report import Report, report
@@ -21,4 +22,6 @@ __all__ = [
     "optim",
     "quantize",
     "report",
+    "unweld",
+    "weld",
 ]
