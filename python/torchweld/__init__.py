@@ -7,7 +7,8 @@ _library.load()
 from torchweld import ops  # noqa: E402
 from torchweld._C import __version__  # noqa: E402
 from torchweld._library import cmake_prefix_path  # noqa: E402
+from torchweld.export import export  # noqa: E402
 from torchweld.info import info  # noqa: E402
 from torchweld.report import Report, report  # noqa: E402
 
-__all__ = ["Report", "__version__", "cmake_prefix_path", "info", "ops", "report"]
+__all__ = ["Report", "__version__", "cmake_prefix_path", "export", "info", "ops", "report"]
