@@ -40,7 +40,7 @@ struct Step {
     Vec second = v;
     if (v_max != nullptr) {
       // NaN wins, as in torch.maximum.
-      *v_max = (*v_max > v) | (*v_max != *v_max) ? *v_max : v;
+      *v_max = ((*v_max > v) | (*v_max != *v_max)) ? *v_max : v;
       second = *v_max;
     }
     const Vec denominator = sqrt(second) / bias_root + eps;

@@ -3,12 +3,12 @@
 
 // Each kernel source is compiled once per instruction set, in a namespace of that name, and defines
 // one of these tables there.
-#define TORCHWELD_DECLARE_ISA(isa)     \
-  namespace torchweld::kernels::isa {  \
-  extern const AdamWKernels adamw;     \
-  inline constexpr KernelTable table{  \
-      .adamw = &adamw,                 \
-  };                                   \
+#define TORCHWELD_DECLARE_ISA(isa)    \
+  namespace torchweld::kernels::isa { \
+  extern const AdamWKernels adamw;    \
+  inline constexpr KernelTable table{ \
+      .adamw = &adamw,                \
+  };                                  \
   }
 
 TORCHWELD_DECLARE_ISA(scalar)

@@ -1,0 +1,1 @@
+"""Documented functions over ``torch.ops.torchweld``."""
