@@ -3,12 +3,14 @@
 
 // Each kernel source is compiled once per instruction set, in a namespace of that name, and defines
 // one of these tables there.
-#define TORCHWELD_DECLARE_ISA(isa)    \
-  namespace torchweld::kernels::isa { \
-  extern const AdamWKernels adamw;    \
-  inline constexpr KernelTable table{ \
-      .adamw = &adamw,                \
-  };                                  \
+#define TORCHWELD_DECLARE_ISA(isa)                      \
+  namespace torchweld::kernels::isa {                   \
+  extern const AdamWKernels adamw;                      \
+  extern const QuantizedLinearKernels quantized_linear; \
+  inline constexpr KernelTable table{                   \
+      .adamw = &adamw,                                  \
+      .quantized_linear = &quantized_linear,            \
+  };                                                    \
   }
 
 TORCHWELD_DECLARE_ISA(scalar)

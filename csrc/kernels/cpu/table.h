@@ -3,11 +3,13 @@
 
 #include "kernels/adamw.h"
 #include "kernels/cpu/capability.h"
+#include "kernels/quantized_linear.h"
 
 namespace torchweld::kernels {
 
 struct KernelTable {
   const AdamWKernels* adamw;
+  const QuantizedLinearKernels* quantized_linear;
 };
 
 // The kernels compiled for an instruction set. Call only one this machine can run.
