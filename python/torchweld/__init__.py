@@ -5,6 +5,7 @@ from torchweld import nn, ops, optim
 from torchweld._C import __version__
 from torchweld._library import cmake_prefix_path
 from torchweld.convert import unweld, weld
+from torchweld.export import export
 from torchweld.info import info
 from torchweld.quantization import Int4, Int8, Int8WeightOnly, quantize
 from torchweld.report import Report, report
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "__version__",
     "cmake_prefix_path",
+    "export",
     "info",
     "nn",
     "ops",
