@@ -394,9 +394,20 @@ def test_second_gradient_is_that_of_the_dequantized_layer(activation):
     )
     for a, b in zip(actual, expected, strict=True):
         if b is None or a is None:
-            assert (a is None or not a.any()) and (b is None or not b.any())
+            assert a is None or not a.any()
+            assert b is None or not b.any()
         else:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_gradient_with_default_and_keyword_arguments():
+    layer, x = Weight(21, 37), randn(6, 37).requires_grad_()
+    args = (x, layer.packed, layer.scale, layer.sum, layer.bias, 37)
+    for actual, activation in [(op(*args), "identity"), (op(*args, activation="silu"), "silu")]:
+        expected = torch.autograd.grad(layer(x, activation).sum(), x)
+        assert torch.equal(torch.autograd.grad(actual.sum(), x)[0], expected[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(op(*args, activation="silu"), layer(x, "silu"))
 
 
 def test_no_gradient_for_the_scales():

@@ -67,7 +67,7 @@ __attribute__((noinline)) void tile(const TileArgs& t) {
   }
   for (; k < t.quads; ++k) step(k, acc[0]);
   UNROLL for (int p = 0; p < P; ++p) {
-    VecI32 sums;
+    VecU32 sums;  // unsigned: 128 times a sum may wrap
     memcpy(&sums, t.weight_sum + p * kPanelColumns, sizeof sums);
     const __m512i offset = (__m512i)(sums * 128);
     UNROLL for (int r = 0; r < R; ++r) {
