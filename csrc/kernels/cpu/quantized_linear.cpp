@@ -15,7 +15,7 @@ namespace {
 // Each instruction set defines: the largest tile; how a quantized byte is stored (xor kFlip); and
 // tile<R, P>, which writes the sums of R rows times P panels to c, [R][P * 16].
 
-inline int32_t load_quad(const int8_t* p) {
+[[maybe_unused]] inline int32_t load_quad(const int8_t* p) {
   int32_t quad;
   memcpy(&quad, p, sizeof quad);
   return quad;
