@@ -331,7 +331,7 @@ int32_t largest_bits(const T* x, int64_t size) {
 inline void store_quantized(int8_t* p, VecF x, VecF inverse) {
   // 1.5 * 2^23 rounds half to even, and its own low byte is zero: what is left there is q.
   const VecF rounded = x * inverse + 12582912.0f;
-  const VecI8 q = __builtin_convertvector((VecI32)rounded, VecI8) ^ kFlip;
+  const VecI8 q = low_bytes((VecI32)rounded) ^ kFlip;
   memcpy(p, &q, sizeof q);
 }
 
@@ -383,7 +383,7 @@ void dequantize(const DequantizePanels& block) {
       for (int64_t i = 0; i < size; i += kLanesF) {
         VecI8 q;
         memcpy(&q, chunk + i, sizeof q);
-        const VecF value = __builtin_convertvector(q, VecF) * scale;
+        const VecF value = __builtin_convertvector(widen(q), VecF) * scale;
         if (size - i >= kLanesF) {
           store(row + k + i, value);
         } else {
