@@ -6,9 +6,11 @@
 #define TORCHWELD_DECLARE_ISA(isa)                      \
   namespace torchweld::kernels::isa {                   \
   extern const AdamWKernels adamw;                      \
+  extern const ConvBNReLUKernels conv_bn_relu;          \
   extern const QuantizedLinearKernels quantized_linear; \
   inline constexpr KernelTable table{                   \
       .adamw = &adamw,                                  \
+      .conv_bn_relu = &conv_bn_relu,                    \
       .quantized_linear = &quantized_linear,            \
   };                                                    \
   }

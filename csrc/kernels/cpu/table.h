@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/adamw.h"
+#include "kernels/conv_bn_relu.h"
 #include "kernels/cpu/capability.h"
 #include "kernels/quantized_linear.h"
 
@@ -9,6 +10,7 @@ namespace torchweld::kernels {
 
 struct KernelTable {
   const AdamWKernels* adamw;
+  const ConvBNReLUKernels* conv_bn_relu;
   const QuantizedLinearKernels* quantized_linear;
 };
 

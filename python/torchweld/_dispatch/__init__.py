@@ -1,5 +1,8 @@
-"""Shapes, gradients and autocast of the operators, registered on import."""
+"""What torch needs to know of each operator beyond its kernels: shapes, gradients, autocast."""
 
-from torchweld._dispatch import quantized_linear
+# The operators must be registered before anything is registered for them.
+from torchweld import _library as _library  # isort: skip
 
-__all__ = ["quantized_linear"]
+from torchweld._dispatch import adamw, conv_bn_relu, quantized_linear
+
+__all__ = ["adamw", "conv_bn_relu", "quantized_linear"]
