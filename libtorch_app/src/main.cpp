@@ -34,7 +34,11 @@ int fail(const char* what, int code) {
 
 int main(int argc, char** argv) {
   try {
-    torchweld::ensure_registered();
+    torchweld::cpu_capability();
+  } catch (const std::exception& error) {
+    return fail(error.what(), 2);  // TORCHWELD_CPU_CAPABILITY names what this machine cannot run
+  }
+  try {
     const int code = std::visit(Run{}, weld::parse_command_line(argc, argv));
     if (!std::cout.flush()) return fail("standard output cannot be written", 1);
     return code;

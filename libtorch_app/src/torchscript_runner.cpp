@@ -1,3 +1,4 @@
+#include <ATen/ops/from_blob.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/csrc/jit/passes/inliner.h>
@@ -180,7 +181,8 @@ std::unique_ptr<ModelRunner> load_model(const std::filesystem::path& path) {
   } catch (const std::exception& error) {
     std::string why = error.what();
     if (why.starts_with("Unknown builtin op: ")) {
-      why += " (a library that registers it can be given with --ops)";
+      if (why.ends_with('.')) why.pop_back();
+      why += "; --ops LIB loads a library that registers it";
     }
     throw InputError(path.string() + " cannot be loaded: " + why);
   }
