@@ -2,12 +2,16 @@
 #pragma once
 
 #include "kernels/adamw.h"
+#include "kernels/conv_bn_relu.h"
 #include "kernels/cpu/capability.h"
+#include "kernels/quantized_linear.h"
 
 namespace torchweld::kernels {
 
 struct KernelTable {
   const AdamWKernels* adamw;
+  const ConvBNReLUKernels* conv_bn_relu;
+  const QuantizedLinearKernels* quantized_linear;
 };
 
 // The kernels compiled for an instruction set. Call only one this machine can run.

@@ -30,6 +30,7 @@ typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
 typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef int8_t VecI8 __attribute__((vector_size(kVectorBytes / 4)));
 
 inline constexpr int kLanesF = kVectorBytes / 4;
 inline constexpr int kLanesD = kVectorBytes / 8;

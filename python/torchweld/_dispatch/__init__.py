@@ -1,3 +1,8 @@
 """What torch needs to know of each operator beyond its kernels: shapes, gradients, autocast."""
 
-from torchweld._dispatch import adamw as adamw
+# The operators must be registered before anything is registered for them.
+from torchweld import _library as _library  # isort: skip
+
+from torchweld._dispatch import adamw, conv_bn_relu, quantized_linear
+
+__all__ = ["adamw", "conv_bn_relu", "quantized_linear"]

@@ -1,1 +1,7 @@
-"""Neural network modules."""
+"""Modules that stand in for stock ones."""
+
+from torchweld.nn import functional
+from torchweld.nn.conv_bn_relu import ConvBNReLU2d, ConvReLU2d
+from torchweld.nn.quantized_linear import QuantizedLinear
+
+__all__ = ["ConvBNReLU2d", "ConvReLU2d", "QuantizedLinear", "functional"]

@@ -1,0 +1,59 @@
+// Calls into ATen's own operators. An error inside one arrives here without its message, so
+// everything it might refuse is checked before.
+#pragma once
+
+#include <array>
+
+#include "ops/torch_compat.h"
+
+namespace torchweld::ops {
+
+struct Convolution {
+  IntList stride;
+  IntList padding;
+  IntList dilation;
+  int64_t groups;
+};
+
+namespace aten {
+
+inline Tensor convolution(const Tensor& input, const Tensor& weight,
+                          const std::optional<Tensor>& bias, const Convolution& conv) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack{from(input),       from(weight),        from(bias),
+                                    from(conv.stride), from(conv.padding),  from(conv.dilation),
+                                    from(false),       from(IntList{0, 0}), from(conv.groups)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Gradients for input and weight; one that is not asked for is an undefined tensor.
+inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad_output,
+                                                       const Tensor& input, const Tensor& weight,
+                                                       const Convolution& conv, bool input_grad,
+                                                       bool weight_grad) {
+  using torch::stable::detail::from;
+  const std::array<bool, 3> output_mask{input_grad, weight_grad, false};
+  std::array<StableIValue, 11> stack{
+      from(grad_output),
+      from(input),
+      from(weight),
+      from(std::nullopt),  // bias_sizes
+      from(conv.stride),
+      from(conv.padding),
+      from(conv.dilation),
+      from(false),
+      from(IntList{0, 0}),
+      from(conv.groups),
+      from(torch::headeronly::HeaderOnlyArrayRef<bool>(output_mask))};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  using torch::stable::detail::to;
+  std::tuple<Tensor, Tensor> result{to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+  to<Tensor>(stack[2]);  // takes ownership, so that it is freed
+  return result;
+}
+
+}  // namespace aten
+}  // namespace torchweld::ops

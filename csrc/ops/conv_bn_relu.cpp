@@ -1,0 +1,109 @@
+#include "ops/conv_bn_relu.h"
+
+#include "ops/check.h"
+
+namespace torchweld::ops {
+namespace {
+
+std::string shape_string(const IntList& shape) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+  out << ']';
+  return out.str();
+}
+
+void check_pair(const char* op, const char* argument, const IntList& values, int64_t least) {
+  TORCHWELD_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, op, argument,
+                  "2 integers of at least " << least, shape_string(values));
+}
+
+void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
+  TORCHWELD_CHECK(tensor.is_cpu(), op, argument, "a tensor on the CPU", "one on another device");
+}
+
+}  // namespace
+
+kernels::Activation to_activation(const char* op, const std::string& name) {
+  using kernels::Activation;
+  if (name == "identity") return Activation::identity;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu6") return Activation::relu6;
+  if (name == "leaky_relu") return Activation::leaky_relu;
+  if (name == "silu") return Activation::silu;
+  TORCHWELD_CHECK(name == "hardswish", op, "activation",
+                  "identity, relu, relu6, leaky_relu, silu or hardswish", '"' << name << '"');
+  return Activation::hardswish;
+}
+
+void check_activations(const char* op, const char* argument, const Tensor& x) {
+  TORCHWELD_CHECK(x.dim() == 4, op, argument, "4 dimensions [N, C, H, W]", ops::shape_string(x));
+  TORCHWELD_CHECK(to_dtype(x.scalar_type()), op, argument, "float32, float64, bfloat16 or float16",
+                  dtype_name(x.scalar_type()));
+  check_cpu(op, argument, x);
+}
+
+void check_same(const char* op, const char* argument, const OptionalTensor& tensor,
+                const IntList& shape, const Tensor& like) {
+  if (!tensor) return;
+  const std::string got = ops::shape_string(*tensor);
+  TORCHWELD_CHECK(got == shape_string(shape), op, argument, "shape " << shape_string(shape), got);
+  TORCHWELD_CHECK(tensor->scalar_type() == like.scalar_type(), op, argument,
+                  dtype_name(like.scalar_type()), dtype_name(tensor->scalar_type()));
+  check_cpu(op, argument, *tensor);
+}
+
+void check_channels(const char* op, const char* argument, const OptionalTensor& tensor,
+                    int64_t channels, const Tensor& like) {
+  if (!tensor) return;
+  TORCHWELD_CHECK(tensor->dim() == 1 && tensor->size(0) == channels, op, argument,
+                  "shape [" << channels << "], one value per channel", ops::shape_string(*tensor));
+  const ScalarType type = like.scalar_type();
+  const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  TORCHWELD_CHECK(
+      tensor->scalar_type() == type || (half && tensor->scalar_type() == ScalarType::Float), op,
+      argument, dtype_name(type) << (half ? " or float32" : ""), dtype_name(tensor->scalar_type()));
+  check_cpu(op, argument, *tensor);
+}
+
+void check_doubles(const char* op, const char* argument, const Tensor& tensor, int64_t size) {
+  TORCHWELD_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
+                      tensor.size(0) == size && tensor.is_contiguous(),
+                  op, argument, "a contiguous float64 tensor of shape [" << size << "]",
+                  dtype_name(tensor.scalar_type()) << " of shape " << ops::shape_string(tensor));
+  check_cpu(op, argument, tensor);
+}
+
+IntList check_convolution(const char* op, const Tensor& input, const Tensor& weight,
+                          const OptionalTensor& bias, const Convolution& conv) {
+  check_activations(op, "input", input);
+  check_pair(op, "stride", conv.stride, 1);
+  check_pair(op, "padding", conv.padding, 0);
+  check_pair(op, "dilation", conv.dilation, 1);
+  TORCHWELD_CHECK(weight.dim() == 4 && weight.numel() > 0, op, "weight",
+                  "a non-empty [out_channels, in_channels / groups, kH, kW]",
+                  ops::shape_string(weight));
+  TORCHWELD_CHECK(conv.groups > 0 && weight.size(0) % conv.groups == 0, op, "groups",
+                  "a divisor of the " << weight.size(0) << " output channels", conv.groups);
+  TORCHWELD_CHECK(input.size(1) == weight.size(1) * conv.groups, op, "input",
+                  weight.size(1) * conv.groups << " channels, as weight "
+                                               << ops::shape_string(weight) << " with groups "
+                                               << conv.groups << " has",
+                  ops::shape_string(input));
+  check_same(op, "weight", weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
+             input);
+  check_same(op, "bias", bias, {weight.size(0)}, input);
+
+  IntList shape{input.size(0), weight.size(0)};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t padded = input.size(2 + i) + 2 * conv.padding[i];
+    const int64_t kernel = conv.dilation[i] * (weight.size(2 + i) - 1) + 1;
+    TORCHWELD_CHECK(
+        padded >= kernel, op, "input",
+        "a padded " << (i ? "width" : "height") << " of at least the kernel's " << kernel, padded);
+    shape.push_back((padded - kernel) / conv.stride[i] + 1);
+  }
+  return shape;
+}
+
+}  // namespace torchweld::ops

@@ -1,0 +1,372 @@
+#include "ops/conv_bn_relu.h"
+
+#include <cmath>
+
+#include "ops/check.h"
+#include "ops/cpu/normalize.h"
+
+namespace torchweld::ops {
+namespace {
+
+template <class T>
+Channels read_as(const Tensor& tensor) {
+  const T* data = tensor.const_data_ptr<T>();
+  return Channels(data, data + tensor.numel());
+}
+
+// Per-channel values in double; `otherwise` for every channel where there is no tensor.
+Channels read_channels(const OptionalTensor& tensor, int64_t channels, double otherwise = 0) {
+  if (!tensor) return Channels(channels, otherwise);
+  const Tensor values = torch::stable::contiguous(*tensor);
+  switch (*to_dtype(values.scalar_type())) {
+    case kernels::DType::float32:
+      return read_as<float>(values);
+    case kernels::DType::float64:
+      return read_as<double>(values);
+    case kernels::DType::bfloat16:
+      return read_as<torch::headeronly::BFloat16>(values);
+    default:
+      return read_as<torch::headeronly::Half>(values);
+  }
+}
+
+Tensor to_tensor(const Channels& values, ScalarType type = ScalarType::Double) {
+  const int64_t size = values.size();
+  Tensor tensor = torch::stable::empty({&size, 1}, ScalarType::Double);
+  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<double>());
+  return type == ScalarType::Double ? tensor : torch::stable::to(tensor, type);
+}
+
+// In place of a gradient nobody asked for.
+Tensor nothing(const Tensor& like) {
+  const int64_t size = 0;
+  return torch::stable::new_empty(like, {&size, 1});
+}
+
+// A tensor the kernels can walk: contiguous or channels_last.
+Tensor dense(const Tensor& x) {
+  using torch::headeronly::MemoryFormat;
+  if (x.is_contiguous()) return x;
+  return torch::stable::contiguous(
+      x, x.stride(1) == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+BatchNorm batch_norm(const char* op, int64_t channels, Channels mean, Channels invstd,
+                     const OptionalTensor& weight, const OptionalTensor& bias,
+                     const std::string& activation, double negative_slope) {
+  return {std::move(mean),
+          std::move(invstd),
+          read_channels(weight, channels, 1),
+          read_channels(bias, channels, 0),
+          to_activation(op, activation),
+          negative_slope};
+}
+
+// 1 / sqrt(var + eps). Every op that needs it for the same statistics gets the same bits.
+Channels inverse_std(Channels var, double eps) {
+  for (double& v : var) v = 1 / std::sqrt(v + eps);
+  return var;
+}
+
+IntList shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+// --- training and frozen forward -----------------------------------------------------------------
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
+    Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor bn_weight,
+    OptionalTensor bn_bias, OptionalTensor residual, IntList stride, IntList padding,
+    IntList dilation, int64_t groups, double eps, std::string activation, double negative_slope) {
+  const char* op = "conv_bn_relu";
+  const Convolution conv{stride, padding, dilation, groups};
+  const IntList shape = check_convolution(op, input, weight, bias, conv);
+  check_channels(op, "bn_weight", bn_weight, shape[1], input);
+  check_channels(op, "bn_bias", bn_bias, shape[1], input);
+  check_same(op, "residual", residual, shape, input);
+  to_activation(op, activation);
+
+  const NoGradGuard no_grad;
+  const Tensor conv_output = dense(aten::convolution(input, weight, bias, conv));
+  const Moments m = moments(conv_output);
+  Channels var = m.m2;
+  for (double& v : var) v /= m.count > 0 ? m.count : 1;
+  const BatchNorm bn = batch_norm(op, shape[1], m.mean, inverse_std(var, eps), bn_weight, bn_bias,
+                                  activation, negative_slope);
+  const Tensor output = torch::stable::empty_like(conv_output);
+  Normalization(conv_output, bn, residual).forward(output);
+  return {output, conv_output, to_tensor(bn.mean), to_tensor(bn.invstd), to_tensor(var)};
+}
+
+std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, OptionalTensor bias,
+                                               OptionalTensor bn_weight, OptionalTensor bn_bias,
+                                               Tensor running_mean, Tensor running_var,
+                                               OptionalTensor residual, IntList stride,
+                                               IntList padding, IntList dilation, int64_t groups,
+                                               double eps, std::string activation,
+                                               double negative_slope) {
+  const char* op = "conv_bn_relu_frozen";
+  const Convolution conv{stride, padding, dilation, groups};
+  const IntList shape = check_convolution(op, input, weight, bias, conv);
+  check_channels(op, "bn_weight", bn_weight, shape[1], input);
+  check_channels(op, "bn_bias", bn_bias, shape[1], input);
+  check_channels(op, "running_mean", running_mean, shape[1], input);
+  check_channels(op, "running_var", running_var, shape[1], input);
+  check_same(op, "residual", residual, shape, input);
+
+  const BatchNorm bn = batch_norm(op, shape[1], read_channels(running_mean, shape[1]),
+                                  inverse_std(read_channels(running_var, shape[1]), eps), bn_weight,
+                                  bn_bias, activation, negative_slope);
+  const NoGradGuard no_grad;
+  const Tensor conv_output = dense(aten::convolution(input, weight, bias, conv));
+  const Tensor output = torch::stable::empty_like(conv_output);
+  Normalization(conv_output, bn, residual).forward(output);
+  return {output, conv_output};
+}
+
+Tensor conv_relu(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual,
+                 IntList stride, IntList padding, IntList dilation, int64_t groups,
+                 std::string activation, double negative_slope) {
+  const char* op = "conv_relu";
+  const Convolution conv{stride, padding, dilation, groups};
+  const IntList shape = check_convolution(op, input, weight, bias, conv);
+  check_same(op, "residual", residual, shape, input);
+  const BatchNorm bn = batch_norm(op, shape[1], Channels(shape[1]), Channels(shape[1], 1), {}, {},
+                                  activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const Tensor output = dense(aten::convolution(input, weight, bias, conv));
+  if (residual || bn.activation != kernels::Activation::identity) {
+    Normalization(output, bn, residual).forward(output);
+  }
+  return output;
+}
+
+// --- backward ------------------------------------------------------------------------------------
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Gradients for input, weight, bias, bn_weight, bn_bias and residual, as output_mask asks; an empty
+// tensor for each of the others.
+Gradients backward(const char* op, const Tensor& grad_output, const Tensor& input,
+                   const Tensor& weight, const OptionalTensor& bn_weight,
+                   const OptionalTensor& bn_bias, const OptionalTensor& residual,
+                   const Tensor& saved_conv_output, const BatchNorm& bn, const Convolution& conv,
+                   const std::vector<bool>& output_mask, bool frozen) {
+  const IntList shape = check_convolution(op, input, weight, std::nullopt, conv);
+  TORCHWELD_CHECK(output_mask.size() == 6, op, "output_mask", "6 values", output_mask.size());
+  check_same(op, "conv_output", saved_conv_output, shape, input);
+  check_same(op, "grad_output", grad_output, shape, input);
+  check_channels(op, "bn_weight", bn_weight, shape[1], input);
+  check_channels(op, "bn_bias", bn_bias, shape[1], input);
+  check_same(op, "residual", residual, shape, input);
+
+  const NoGradGuard no_grad;
+  const Tensor conv_output = dense(saved_conv_output);
+  const Tensor grad_y = laid_out_as(conv_output, grad_output);
+  const bool conv_grad = output_mask[0] || output_mask[1];
+  const bool need_sums = output_mask[3] || output_mask[4] || (frozen ? output_mask[2] : conv_grad);
+  const Normalization normalization(conv_output, bn, residual);
+  const Sums sums = need_sums ? normalization.reduce(grad_y) : Sums{};
+
+  Gradients gradients{nothing(input), nothing(input), nothing(input),
+                      nothing(input), nothing(input), nothing(input)};
+  auto& [grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias, grad_residual] =
+      gradients;
+  if (output_mask[2]) {
+    // Batch statistics take a constant back out of every channel: the exact gradient is 0.
+    Channels values(shape[1]);
+    for (int64_t c = 0; frozen && c < shape[1]; ++c) values[c] = bn.scale(c) * sums.g[c];
+    grad_bias = to_tensor(values, input.scalar_type());
+  }
+  if (output_mask[3]) {
+    grad_bn_weight =
+        to_tensor(sums.g_xhat, bn_weight ? bn_weight->scalar_type() : input.scalar_type());
+  }
+  if (output_mask[4]) {
+    grad_bn_bias = to_tensor(sums.g, bn_bias ? bn_bias->scalar_type() : input.scalar_type());
+  }
+  if (output_mask[5]) grad_residual = torch::stable::empty_like(conv_output);
+  if (conv_grad || output_mask[5]) {
+    const Tensor grad_conv = conv_grad ? torch::stable::empty_like(conv_output) : conv_output;
+    const double count = static_cast<double>(shape[0] * shape[2] * shape[3]);
+    normalization.apply(grad_y, frozen || !conv_grad ? nullptr : &sums, count,
+                        conv_grad ? &grad_conv : nullptr,
+                        output_mask[5] ? &grad_residual : nullptr);
+    if (conv_grad) {
+      auto [for_input, for_weight] = aten::convolution_backward(grad_conv, input, weight, conv,
+                                                                output_mask[0], output_mask[1]);
+      if (output_mask[0]) grad_input = for_input;
+      if (output_mask[1]) grad_weight = for_weight;
+    }
+  }
+  return gradients;
+}
+
+Gradients conv_bn_relu_backward(Tensor grad_output, Tensor input, Tensor weight,
+                                OptionalTensor bn_weight, OptionalTensor bn_bias,
+                                OptionalTensor residual, Tensor conv_output, Tensor mean,
+                                Tensor invstd, IntList stride, IntList padding, IntList dilation,
+                                int64_t groups, std::string activation, double negative_slope,
+                                std::vector<bool> output_mask) {
+  const char* op = "conv_bn_relu_backward";
+  const int64_t channels = weight.size(0);
+  check_doubles(op, "mean", mean, channels);
+  check_doubles(op, "invstd", invstd, channels);
+  const BatchNorm bn =
+      batch_norm(op, channels, read_channels(mean, channels), read_channels(invstd, channels),
+                 bn_weight, bn_bias, activation, negative_slope);
+  return backward(op, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, bn,
+                  {stride, padding, dilation, groups}, output_mask, false);
+}
+
+Gradients conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor weight,
+                                       OptionalTensor bn_weight, OptionalTensor bn_bias,
+                                       Tensor running_mean, Tensor running_var,
+                                       OptionalTensor residual, Tensor conv_output, IntList stride,
+                                       IntList padding, IntList dilation, int64_t groups,
+                                       double eps, std::string activation, double negative_slope,
+                                       std::vector<bool> output_mask) {
+  const char* op = "conv_bn_relu_frozen_backward";
+  const int64_t channels = weight.size(0);
+  check_channels(op, "running_mean", running_mean, channels, input);
+  check_channels(op, "running_var", running_var, channels, input);
+  const BatchNorm bn = batch_norm(op, channels, read_channels(running_mean, channels),
+                                  inverse_std(read_channels(running_var, channels), eps), bn_weight,
+                                  bn_bias, activation, negative_slope);
+  return backward(op, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, bn,
+                  {stride, padding, dilation, groups}, output_mask, true);
+}
+
+// --- statistics ----------------------------------------------------------------------------------
+template <class T>
+void move_towards(const Tensor& running, const Channels& batch, double momentum) {
+  T* data = running.mutable_data_ptr<T>();
+  for (size_t c = 0; c < batch.size(); ++c) {
+    data[c] = static_cast<T>((1 - momentum) * static_cast<double>(data[c]) + momentum * batch[c]);
+  }
+}
+
+void move_towards(const Tensor& running, const Channels& batch, double momentum) {
+  switch (*to_dtype(running.scalar_type())) {
+    case kernels::DType::float32:
+      return move_towards<float>(running, batch, momentum);
+    case kernels::DType::float64:
+      return move_towards<double>(running, batch, momentum);
+    case kernels::DType::bfloat16:
+      return move_towards<torch::headeronly::BFloat16>(running, batch, momentum);
+    default:
+      return move_towards<torch::headeronly::Half>(running, batch, momentum);
+  }
+}
+
+void update_running_stats(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var,
+                          int64_t count, double momentum) {
+  const char* op = "update_running_stats";
+  TORCHWELD_CHECK(mean.dim() == 1, op, "mean", "1 dimension", shape_string(mean));
+  const int64_t channels = mean.size(0);
+  check_doubles(op, "mean", mean, channels);
+  check_doubles(op, "var", var, channels);
+  for (const Tensor& running : {running_mean, running_var}) {
+    const char* argument = &running == &running_mean ? "running_mean" : "running_var";
+    TORCHWELD_CHECK(to_dtype(running.scalar_type()), op, argument,
+                    "float32, float64, bfloat16 or float16", dtype_name(running.scalar_type()));
+    TORCHWELD_CHECK(running.dim() == 1 && running.size(0) == channels && running.is_contiguous() &&
+                        running.is_cpu(),
+                    op, argument, "a contiguous [" << channels << "] on the CPU",
+                    shape_string(running));
+  }
+  TORCHWELD_CHECK(count == 0 || count > 1, op, "count",
+                  "more than 1 value per channel, for the unbiased variance, or 0", count);
+  if (count == 0) return;  // an empty batch says nothing
+  Channels unbiased = read_channels(var, channels);
+  for (double& v : unbiased) v *= static_cast<double>(count) / static_cast<double>(count - 1);
+  move_towards(running_mean, read_channels(mean, channels), momentum);
+  move_towards(running_var, unbiased, momentum);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_stats(Tensor input) {
+  check_activations("batch_norm_stats", "input", input);
+  const NoGradGuard no_grad;
+  const Moments m = moments(dense(input));
+  return {to_tensor({m.count}), to_tensor(m.mean), to_tensor(m.m2)};
+}
+
+// --- normalize apart from the convolution --------------------------------------------------------
+BatchNorm checked_batch_norm(const char* op, const Tensor& input, const Tensor& mean,
+                             const Tensor& invstd, const OptionalTensor& bn_weight,
+                             const OptionalTensor& bn_bias, const OptionalTensor& residual,
+                             const std::string& activation, double negative_slope) {
+  check_activations(op, "input", input);
+  const int64_t channels = input.size(1);
+  check_doubles(op, "mean", mean, channels);
+  check_doubles(op, "invstd", invstd, channels);
+  check_channels(op, "bn_weight", bn_weight, channels, input);
+  check_channels(op, "bn_bias", bn_bias, channels, input);
+  check_same(op, "residual", residual, shape_of(input), input);
+  return batch_norm(op, channels, read_channels(mean, channels), read_channels(invstd, channels),
+                    bn_weight, bn_bias, activation, negative_slope);
+}
+
+Tensor batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
+                       OptionalTensor bn_bias, OptionalTensor residual, std::string activation,
+                       double negative_slope) {
+  const BatchNorm bn = checked_batch_norm("batch_norm_relu", input, mean, invstd, bn_weight,
+                                          bn_bias, residual, activation, negative_slope);
+  const NoGradGuard no_grad;
+  const Tensor x = dense(input);
+  const Tensor output = torch::stable::empty_like(x);
+  Normalization(x, bn, residual).forward(output);
+  return output;
+}
+
+std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
+    Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
+    OptionalTensor bn_bias, OptionalTensor residual, std::string activation,
+    double negative_slope) {
+  const char* op = "batch_norm_relu_backward_reduce";
+  const BatchNorm bn = checked_batch_norm(op, input, mean, invstd, bn_weight, bn_bias, residual,
+                                          activation, negative_slope);
+  check_same(op, "grad_output", grad_output, shape_of(input), input);
+  const NoGradGuard no_grad;
+  const Tensor x = dense(input);
+  const Sums sums = Normalization(x, bn, residual).reduce(laid_out_as(x, grad_output));
+  return {to_tensor(sums.g), to_tensor(sums.g_xhat)};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor mean,
+                                                    Tensor invstd, OptionalTensor bn_weight,
+                                                    OptionalTensor bn_bias, OptionalTensor residual,
+                                                    Tensor sum_g, Tensor sum_g_xhat, Tensor count,
+                                                    std::string activation, double negative_slope) {
+  const char* op = "batch_norm_relu_backward";
+  const BatchNorm bn = checked_batch_norm(op, input, mean, invstd, bn_weight, bn_bias, residual,
+                                          activation, negative_slope);
+  const int64_t channels = input.size(1);
+  check_same(op, "grad_output", grad_output, shape_of(input), input);
+  check_doubles(op, "sum_g", sum_g, channels);
+  check_doubles(op, "sum_g_xhat", sum_g_xhat, channels);
+  check_doubles(op, "count", count, 1);
+  const NoGradGuard no_grad;
+  const Tensor x = dense(input);
+  const Tensor grad_input = torch::stable::empty_like(x);
+  const Tensor grad_residual = residual ? torch::stable::empty_like(x) : nothing(x);
+  const Sums sums{read_channels(sum_g, channels), read_channels(sum_g_xhat, channels)};
+  Normalization(x, bn, residual)
+      .apply(laid_out_as(x, grad_output), &sums, *count.const_data_ptr<double>(), &grad_input,
+             residual ? &grad_residual : nullptr);
+  return {grad_input, grad_residual};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
+  m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu));
+  m.impl("conv_bn_relu_backward", TORCH_BOX(&conv_bn_relu_backward));
+  m.impl("conv_bn_relu_frozen", TORCH_BOX(&conv_bn_relu_frozen));
+  m.impl("conv_bn_relu_frozen_backward", TORCH_BOX(&conv_bn_relu_frozen_backward));
+  m.impl("conv_relu", TORCH_BOX(&conv_relu));
+  m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
+  m.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats));
+  m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));
+  m.impl("batch_norm_relu_backward_reduce", TORCH_BOX(&batch_norm_relu_backward_reduce));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
+}
+
+}  // namespace torchweld::ops

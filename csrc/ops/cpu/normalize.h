@@ -1,0 +1,66 @@
+// Batch statistics, and normalize + residual + activation with its backward, over whole tensors.
+#pragma once
+
+#include "ops/conv_bn_relu.h"
+#include "ops/cpu/tiling.h"
+
+namespace torchweld::ops {
+
+using Channels = std::vector<double>;  // one value per channel
+
+// What normalize and its backward need besides tensors of the output's size.
+struct BatchNorm {
+  Channels mean, invstd, weight, bias;
+  kernels::Activation activation;
+  double negative_slope;
+
+  double scale(int64_t c) const { return weight[c] * invstd[c]; }
+};
+
+// Values per channel, their mean, and the sum of squared deviations from it.
+struct Moments {
+  double count;
+  Channels mean, m2;
+};
+
+Moments moments(const Tensor& x);
+
+// Per channel, what a backward pass sums: g, and g * (x - mean) * invstd.
+struct Sums {
+  Channels g, g_xhat;
+};
+
+// The tensor in x's memory order.
+Tensor laid_out_as(const Tensor& x, const Tensor& tensor);
+
+// One normalization of a dense tensor. Holds references: x and bn must outlive it.
+class Normalization {
+ public:
+  Normalization(const Tensor& x, const BatchNorm& bn, const OptionalTensor& residual);
+
+  // Writes y, which may be x. Tensors given to these functions are in x's memory order.
+  void forward(const Tensor& y) const;
+  Sums reduce(const Tensor& grad_y) const;
+  // Writes the gradients that are not null. Without sums the statistics are constants.
+  void apply(const Tensor& grad_y, const Sums* sums, double count, const Tensor* grad_x,
+             const Tensor* grad_residual) const;
+
+ private:
+  // The mean as the kernels subtract it, and what its rounding lost.
+  double rounded(int64_t c) const;
+  double lost(int64_t c) const { return rounded(c) - bn_.mean[c]; }
+  kernels::NormalizeArguments arguments(const Tiling::Task& task) const;
+  template <class Table>
+  auto pick(const Table& table) const {
+    return table[static_cast<size_t>(tiling_.layout())][static_cast<size_t>(tiling_.dtype())]
+                [static_cast<size_t>(bn_.activation)];
+  }
+
+  const Tensor& x_;
+  const BatchNorm& bn_;
+  OptionalTensor residual_;
+  Tiling tiling_;
+  Tiling::Coefficients mean_, scale_, shift_;
+};
+
+}  // namespace torchweld::ops

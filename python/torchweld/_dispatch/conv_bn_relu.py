@@ -1,0 +1,240 @@
+"""Fake kernels, derivatives and autocast of the conv_bn_relu ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.torchweld
+
+
+# --- fake kernels: shapes and strides, no data ----------------------------------------------------
+def _channels(x: Tensor, size: int) -> Tensor:
+    return x.new_empty(size, dtype=torch.float64)
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    # ATen's own fake convolution also says which memory format comes out.
+    return torch.ops.aten.convolution(
+        input, weight, bias, stride, padding, dilation, False, [0, 0], groups
+    )
+
+
+@torch.library.register_fake("torchweld::conv_bn_relu")
+def _(input, weight, bias, bn_weight, bn_bias, residual, *args):  # type: ignore[no-untyped-def]
+    conv_output = _convolution(input, weight, bias, *args[:4])
+    channels = weight.shape[0]
+    statistics = (_channels(input, channels) for _ in range(3))
+    return (torch.empty_like(conv_output), conv_output, *statistics)
+
+
+@torch.library.register_fake("torchweld::conv_bn_relu_frozen")
+def _(input, weight, bias, bn_weight, bn_bias, mean, var, residual, *args):  # type: ignore[no-untyped-def]
+    conv_output = _convolution(input, weight, bias, *args[:4])
+    return torch.empty_like(conv_output), conv_output
+
+
+@torch.library.register_fake("torchweld::conv_relu")
+def _(input, weight, bias, residual, stride, padding, dilation, groups, *args):  # type: ignore[no-untyped-def]
+    return _convolution(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _fake_gradients(
+    input: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    conv_output: Tensor,
+    conv: tuple[Any, ...],
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    channels = weight.shape[0]
+    stride, padding, dilation, groups = conv
+    gradients = [input.new_empty(0) for _ in output_mask]
+    if output_mask[0] or output_mask[1]:
+        of_conv = torch.ops.aten.convolution_backward(
+            torch.empty_like(conv_output), input, weight, None, stride, padding, dilation, False,
+            [0, 0], groups, [output_mask[0], output_mask[1], False],
+        )  # fmt: skip
+        for i in (0, 1):
+            if output_mask[i]:
+                gradients[i] = of_conv[i]
+    for i, like in ((2, input), (3, bn_weight), (4, bn_bias)):
+        if output_mask[i]:
+            gradients[i] = (input if like is None else like).new_empty(channels)
+    if output_mask[5]:
+        gradients[5] = torch.empty_like(conv_output)
+    return tuple(gradients)
+
+
+@torch.library.register_fake("torchweld::conv_bn_relu_backward")
+def _(grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, mean, invstd, *args):  # type: ignore[no-untyped-def]
+    return _fake_gradients(input, weight, bn_weight, bn_bias, conv_output, args[:4], args[-1])
+
+
+@torch.library.register_fake("torchweld::conv_bn_relu_frozen_backward")
+def _(grad_output, input, weight, bn_weight, bn_bias, mean, var, residual, conv_output, *args):  # type: ignore[no-untyped-def]
+    return _fake_gradients(input, weight, bn_weight, bn_bias, conv_output, args[:4], args[-1])
+
+
+@torch.library.register_fake("torchweld::update_running_stats")
+def _(running_mean, running_var, mean, var, count, momentum):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("torchweld::batch_norm_stats")
+def _(input):  # type: ignore[no-untyped-def]
+    channels = input.shape[1]
+    return _channels(input, 1), _channels(input, channels), _channels(input, channels)
+
+
+@torch.library.register_fake("torchweld::batch_norm_relu")
+def _(input, *args):  # type: ignore[no-untyped-def]
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("torchweld::batch_norm_relu_backward_reduce")
+def _(grad_output, input, *args):  # type: ignore[no-untyped-def]
+    return _channels(input, input.shape[1]), _channels(input, input.shape[1])
+
+
+@torch.library.register_fake("torchweld::batch_norm_relu_backward")
+def _(grad_output, input, mean, invstd, weight, bias, residual, *args):  # type: ignore[no-untyped-def]
+    grad_residual = input.new_empty(0) if residual is None else torch.empty_like(input)
+    return torch.empty_like(input), grad_residual
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+def _mask(ctx: Any, positions: tuple[int, ...]) -> list[bool]:
+    return [ctx.needs_input_grad[i] for i in positions]
+
+
+def _gradients(
+    count: int, positions: tuple[int, ...], mask: list[bool], gradients: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Spread the gradients a backward op returned over the forward op's `count` arguments."""
+    result: list[Tensor | None] = [None] * count
+    for position, wanted, gradient in zip(positions, mask, gradients):
+        if wanted:
+            result[position] = gradient
+    return tuple(result)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weight, _, bn_weight, bn_bias, residual, *ctx.conv, _, ctx.activation, ctx.slope = inputs
+    _, conv_output, mean, invstd, var = output
+    ctx.mark_non_differentiable(conv_output, mean, invstd, var)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, weight, bn_weight, bn_bias, residual, conv_output, mean, invstd)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 13
+    positions = (0, 1, 2, 3, 4, 5)
+    mask = _mask(ctx, positions)
+    gradients = _ops.conv_bn_relu_backward(
+        grad_output, *ctx.saved_tensors, *ctx.conv, ctx.activation, ctx.slope, mask
+    )
+    return _gradients(13, positions, mask, gradients)
+
+
+def _setup_context_frozen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (input, weight, _, bn_weight, bn_bias, mean, var, residual,
+     *ctx.conv, ctx.eps, ctx.activation, ctx.slope) = inputs  # fmt: skip
+    conv_output = output[1]
+    ctx.mark_non_differentiable(conv_output)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, weight, bn_weight, bn_bias, mean, var, residual, conv_output)
+
+
+def _backward_frozen(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 15
+    positions = (0, 1, 2, 3, 4, 7)
+    mask = _mask(ctx, positions)
+    gradients = _ops.conv_bn_relu_frozen_backward(
+        grad_output, *ctx.saved_tensors, *ctx.conv, ctx.eps, ctx.activation, ctx.slope, mask
+    )
+    return _gradients(15, positions, mask, gradients)
+
+
+def _refuse(op: str, sentence: str) -> None:
+    """Give an op a derivative that raises: without one, autograd would only warn."""
+
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"torchweld::{op}: {sentence}")
+
+    torch.library.register_autograd(f"torchweld::{op}", backward)
+
+
+torch.library.register_autograd("torchweld::conv_bn_relu", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "torchweld::conv_bn_relu_frozen", _backward_frozen, setup_context=_setup_context_frozen
+)
+_TWICE = "expected to be differentiated once, got a second derivative; use the stock modules for it"
+_refuse("conv_bn_relu_backward", _TWICE)
+_refuse("conv_bn_relu_frozen_backward", _TWICE)
+_refuse("conv_relu", "inference only, no gradient; use conv_bn_relu_frozen to train through it")
+_BETWEEN = (
+    "no gradient, as its backward needs an exchange between processes; write a "
+    "torch.autograd.Function with batch_norm_relu_backward_reduce and batch_norm_relu_backward"
+)
+for _op in ("batch_norm_stats", "batch_norm_relu"):
+    _refuse(_op, _BETWEEN)
+for _op in ("batch_norm_relu_backward_reduce", "batch_norm_relu_backward"):
+    _refuse(_op, _TWICE)
+
+
+# --- autocast and version counters ----------------------------------------------------------------
+_library = torch.library.Library("torchweld", "IMPL")
+
+
+def _register_autocast(op: str, cast: tuple[int, ...], device_type: str) -> None:
+    """Cast the arguments at these positions to autocast's dtype, and no other.
+
+    ``torch.library.register_autocast`` would cast batch norm's parameters too, which stay float32.
+    """
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type]
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    overload = getattr(_ops, op).default
+
+    def lower(x: Tensor | None) -> Tensor | None:
+        # As autocast's own rule: float64 and tensors of other devices stay as they are.
+        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(torch.get_autocast_dtype(device_type)) if x.device.type == device_type else x
+
+    def autocast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*(lower(a) if i in cast else a for i, a in enumerate(args)))
+
+    _library.impl(op, autocast, key)
+
+
+for _device_type in ("cpu", "cuda"):
+    _register_autocast("conv_bn_relu", (0, 1, 2, 5), _device_type)
+    _register_autocast("conv_bn_relu_frozen", (0, 1, 2, 7), _device_type)
+    _register_autocast("conv_relu", (0, 1, 2, 3), _device_type)
+
+
+def _bump_versions(keyset: Any, running_mean: Tensor, running_var: Tensor, *args: Any) -> Any:
+    """Count the write, so that a backward that saved the old values notices it."""
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return _ops.update_running_stats.default.redispatch(
+            keyset & torch._C._after_ADInplaceOrView_keyset, running_mean, running_var, *args
+        )
+
+
+_library.impl("update_running_stats", _bump_versions, "ADInplaceOrView", with_keyset=True)

@@ -1,0 +1,194 @@
+"""Functional forms of :mod:`torchweld.nn`."""
+
+from __future__ import annotations
+
+from typing import List, Optional, Tuple  # noqa: UP035
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["conv_bn_relu"]
+
+
+# TorchScript compiles the functions below; it reads Optional[X] and List[int] in every torch we
+# support, X | None only in newer ones.
+def _pad(
+    input: Tensor,
+    padding: List[int],  # noqa: UP006
+    both_sides: List[int],  # noqa: UP006
+    mode: str,
+) -> Tuple[Tensor, List[int]]:  # noqa: UP006
+    """Apply what a convolution's own zero padding cannot: other modes, or uneven sides.
+
+    Args:
+        input: the convolution's input.
+        padding: per dimension, used if it can be.
+        both_sides: left, right, top, bottom, as ``nn.Conv2d`` keeps it.
+        mode: ``nn.Conv2d.padding_mode``.
+
+    Returns:
+        The input, padded if need be, and the padding left for the convolution.
+    """
+    if mode == "zeros":
+        if both_sides[0] == both_sides[1] and both_sides[2] == both_sides[3]:
+            return input, padding
+        return F.pad(input, both_sides), [0, 0]
+    return F.pad(input, both_sides, mode=mode), [0, 0]
+
+
+def _conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    stride: List[int],  # noqa: UP006
+    both_sides: List[int],  # noqa: UP006
+    dilation: List[int],  # noqa: UP006
+    groups: int,
+    padding_mode: str,
+    bn_weight: Optional[Tensor],  # noqa: UP045
+    bn_bias: Optional[Tensor],  # noqa: UP045
+    running_mean: Optional[Tensor],  # noqa: UP045
+    running_var: Optional[Tensor],  # noqa: UP045
+    num_batches_tracked: Optional[Tensor],  # noqa: UP045
+    training: bool,
+    track_running_stats: bool,
+    momentum: Optional[float],  # noqa: UP045
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    residual: Optional[Tensor],  # noqa: UP045
+) -> Tensor:
+    if input.dim() != 4:
+        raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+    input, padding = _pad(input, [both_sides[2], both_sides[0]], both_sides, padding_mode)
+
+    if not training and running_mean is not None and running_var is not None:
+        if eps <= 0.0:  # torch's own check: which values it refuses changed between releases
+            F.batch_norm(torch.zeros(2, 1), torch.zeros(1), torch.ones(1), eps=eps)
+        return torch.ops.torchweld.conv_bn_relu_frozen(
+            input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
+            stride, padding, dilation, groups, eps, activation, negative_slope,
+        )[0]  # fmt: skip
+    if not training and (running_mean is not None or running_var is not None):
+        raise ValueError("expected both of running_mean and running_var or neither, got one")
+
+    # As nn.BatchNorm2d.forward: the count moves first, then the input is looked at.
+    factor = 0.0 if momentum is None else momentum
+    if training and track_running_stats and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = 1.0 / float(num_batches_tracked)
+    if eps <= 0.0:
+        F.batch_norm(torch.zeros(2, 1), None, None, training=True, eps=eps)
+    output, conv_output, mean, invstd, var = torch.ops.torchweld.conv_bn_relu(
+        input, weight, bias, bn_weight, bn_bias, residual,
+        stride, padding, dilation, groups, eps, activation, negative_slope,
+    )  # fmt: skip
+    F._verify_batch_size(conv_output.size())
+    if training and track_running_stats:
+        if running_mean is not None and running_var is not None:
+            count = output.size(0) * output.size(2) * output.size(3)
+            torch.ops.torchweld.update_running_stats(
+                running_mean, running_var, mean, var, count, factor
+            )
+    return output
+
+
+def _check_modules(op: str, conv: nn.Module, bn: nn.Module) -> None:
+    """Raise TypeError unless both compute what the stock classes compute."""
+    for name, module, stock in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
+        if not isinstance(module, stock) or type(module).forward is not stock.forward:
+            raise TypeError(
+                f"{op}: {name}: expected nn.{stock.__name__}, or a subclass with its forward, "
+                f"got {type(module).__name__}"
+            )
+
+
+def _both_sides(conv: nn.Conv2d) -> list[int]:
+    """Return the padding on left, right, top and bottom."""
+    # What nn.Conv2d.forward reads: models change `padding` in place to dilate a network.
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        return [conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]]
+    return conv._reversed_padding_repeated_twice
+
+
+def conv_bn_relu(
+    input: Tensor,
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    r"""Compute ``activation(bn(conv(input)) + residual)`` fused, with stock semantics.
+
+    .. math::
+        y = \operatorname{act}\left(\gamma \frac{a - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+            + r\right), \qquad a = \operatorname{conv}(x)
+
+    The two modules are read, not called: their forward hooks do not run. ``bn.training`` decides
+    between batch and running statistics, running buffers and ``num_batches_tracked`` move exactly
+    when ``bn`` itself would move them.
+
+    Args:
+        input: ``[N, C_in, H, W]`` of float32, float64, bfloat16 or float16, contiguous or
+            channels_last (others are copied).
+        conv: the convolution; any stride, padding, padding mode, dilation and groups.
+        bn: the batch norm over its output; float32 parameters beside 16-bit input are fine.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"`` or
+            ``"hardswish"``.
+        negative_slope: slope of ``"leaky_relu"`` below zero.
+        residual: added before the activation; shape and dtype of the output.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]`` in the dtype and memory format the convolution alone gives.
+
+    Raises:
+        TypeError: if ``conv`` is no ``nn.Conv2d`` or ``bn`` no ``nn.BatchNorm2d`` (synchronized
+            batch norm is not one), or is a subclass with a forward of its own.
+        ValueError: if the input is not 4-D; if batch statistics are asked of one value per channel;
+            if ``eps`` is one the installed torch refuses.
+        RuntimeError: if shapes, dtypes or the activation's name do not fit.
+
+    Note:
+        Statistics accumulate in float64 and come out the same whatever the thread count;
+        normalize, residual and activation are one pass computed in float32 (float64 for float64)
+        and rounded once. The convolution is ATen's and is not fused further. The derivative of the
+        activation is recomputed from the convolution's output, so nothing else of that size is
+        kept. Second derivatives raise.
+
+    Reference:
+        Ioffe and Szegedy, Batch Normalization, https://arxiv.org/abs/1502.03167; Chan, Golub and
+        LeVeque, Algorithms for Computing the Sample Variance (1983), for the statistics.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> conv, bn = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8)
+        >>> y = tw.nn.functional.conv_bn_relu(torch.randn(2, 3, 16, 16), conv, bn)
+        >>> y.shape, int(bn.num_batches_tracked)
+        (torch.Size([2, 8, 16, 16]), 1)
+    """
+    _check_modules("conv_bn_relu", conv, bn)
+    return _conv_bn_relu(
+        input,
+        conv.weight,
+        conv.bias,
+        conv.stride,
+        _both_sides(conv),
+        conv.dilation,
+        conv.groups,
+        conv.padding_mode,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.num_batches_tracked,
+        bn.training,
+        bn.track_running_stats,
+        bn.momentum,
+        bn.eps,
+        activation,
+        negative_slope,
+        residual,
+    )
