@@ -8,8 +8,9 @@ import pickle
 import pytest
 import torch
 import torchweld as tw
-from reference import adamw as reference
 from torch import nn
+
+from tests.reference import adamw as reference
 
 
 def make_model(dtype=torch.float32, seed=0):

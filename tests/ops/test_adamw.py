@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torchweld as tw
-from reference import adamw as reference
 from torchweld import _C
+
+from tests.reference import adamw as reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BETAS = [(0.9, 0.999), (0.0, 0.0), (0.3, 0.5), (0.5, 0.9), (0.99999, 0.999999)]
@@ -232,8 +234,8 @@ def test_same_bits_for_any_number_of_threads():
 
 ISA_PROGRAM = """
 import hashlib, sys
-sys.path[:0] = {path!r}
-import test_adamw as t
+sys.path.insert(0, {root!r})
+import tests.ops.test_adamw as t
 import torch, torchweld as tw
 digest = hashlib.sha256()
 for dtype in t.DTYPES:
@@ -250,8 +252,7 @@ print(digest.hexdigest())
 
 
 def test_same_bits_on_every_instruction_set():
-    here = os.path.dirname(__file__)
-    program = ISA_PROGRAM.format(path=[here, os.path.dirname(here)])
+    program = ISA_PROGRAM.format(root=str(Path(__file__).parents[2]))
     digests = {}
     for capability in _C.available_cpu_capabilities().split(","):
         environment = {**os.environ, "TORCHWELD_CPU_CAPABILITY": capability}
