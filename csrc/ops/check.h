@@ -44,15 +44,15 @@ inline const char* dtype_name(ScalarType type) {
 
 }  // namespace torchweld::ops
 
-// TORCHWELD_CHECK(weight.dim() == 4, "conv_bn_relu", "weight", "4 dimensions", shape_string(weight));
-// throws "torchweld::conv_bn_relu: weight: expected 4 dimensions, got [16, 9]".
-// `expected` and `got` may be chains: "K = " << k.
-#define TORCHWELD_CHECK(condition, op, argument, expected, got)                      \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      std::ostringstream torchweld_message;                                          \
-      torchweld_message << "torchweld::" << op << ": " << argument << ": expected "  \
-                        << expected << ", got " << got;                              \
-      throw std::runtime_error(torchweld_message.str());                             \
-    }                                                                                \
+// TORCHWELD_CHECK(weight.dim() == 4, "conv_bn_relu", "weight", "4 dimensions",
+// shape_string(weight)); throws "torchweld::conv_bn_relu: weight: expected 4 dimensions, got [16,
+// 9]". `expected` and `got` may be chains: "K = " << k.
+#define TORCHWELD_CHECK(condition, op, argument, expected, got)                                 \
+  do {                                                                                          \
+    if (!(condition)) {                                                                         \
+      std::ostringstream torchweld_message;                                                     \
+      torchweld_message << "torchweld::" << op << ": " << argument << ": expected " << expected \
+                        << ", got " << got;                                                     \
+      throw std::runtime_error(torchweld_message.str());                                        \
+    }                                                                                           \
   } while (false)

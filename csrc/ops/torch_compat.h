@@ -1,5 +1,5 @@
-// The single door to torch. Everything in ops/ reaches torch through the LibTorch Stable ABI, so one
-// binary loads in every torch release from the target on.
+// The single door to torch. Everything in ops/ reaches torch through the LibTorch Stable ABI, so
+// one binary loads in every torch release from the target on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,16 +21,16 @@ using torch::stable::Tensor;
 using IntList = std::vector<int64_t>;
 using TensorList = std::vector<Tensor>;
 
-// f(begin, end) over [0, size), on torch's own threads. It must not throw: an exception cannot leave
-// a worker thread.
+// f(begin, end) over [0, size), on torch's own threads. It must not throw: an exception cannot
+// leave a worker thread.
 template <class F>
 void parallel_for(int64_t size, int64_t grain, const F& f) {
   if (size <= 0) return;
   torch::stable::parallel_for(0, size, grain, f);
 }
 
-// Turns autograd recording off for the calls into ATen an operator makes. Below Python's autograd it
-// is off already; a C++ program that calls the operator directly has it on.
+// Turns autograd recording off for the calls into ATen an operator makes. Below Python's autograd
+// it is off already; a C++ program that calls the operator directly has it on.
 class NoGradGuard {
  public:
   NoGradGuard() : previous_(aoti_torch_grad_mode_is_enabled()) {

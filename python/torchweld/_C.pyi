@@ -1,6 +1,5 @@
 __version__: str
 torch_abi_target: str
-__file__: str
 
 def cpu_capability() -> str: ...
 def available_cpu_capabilities() -> str: ...

@@ -51,7 +51,7 @@ class Report:
         return len(self.rows)
 
     def __add__(self, other: Report) -> Report:
-        return Report(self.rows + other.rows)
+        return Report((*self.rows, *other.rows))
 
     def __repr__(self) -> str:
         return f"Report({len(self.converted)} converted, {len(self.skipped)} left alone)"
@@ -65,10 +65,10 @@ class Report:
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in [header, *cells]) for i in range(3)]
-        lines = [header, tuple("-" * width for width in widths) + ("------",), *cells]
+        rule = (*("-" * width for width in widths), "------")
         return "\n".join(
-            "  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[3]])
-            for line in lines
+            "  ".join([*map(str.ljust, line[:3], widths), line[3]])
+            for line in [header, rule, *cells]
         )
 
 

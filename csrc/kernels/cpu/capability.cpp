@@ -34,8 +34,9 @@ Capability decide(bool* ok, char* error, std::size_t error_size) {
     if (std::strcmp(forced, kNames[i]) == 0) return static_cast<Capability>(i);
   }
   *ok = false;
-  int used = std::snprintf(error, error_size,
-                           "torchweld: TORCHWELD_CPU_CAPABILITY: expected one this machine can run (");
+  int used =
+      std::snprintf(error, error_size,
+                    "torchweld: TORCHWELD_CPU_CAPABILITY: expected one this machine can run (");
   for (std::size_t i = 0; i <= static_cast<std::size_t>(best); ++i) {
     used += std::snprintf(error + used, error_size - used, "%s%s", i ? ", " : "", kNames[i]);
   }

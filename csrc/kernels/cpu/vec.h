@@ -30,6 +30,7 @@ typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
 typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef int8_t VecI8 __attribute__((vector_size(kVectorBytes / 4)));
 
 inline constexpr int kLanesF = kVectorBytes / 4;
 inline constexpr int kLanesD = kVectorBytes / 8;
@@ -52,18 +53,26 @@ struct Math<double> {
 
 template <class V, class S>
 inline V broadcast(S s) {
-  return V{} + s;
+  return s - V{};  // and not V{} + s, which would lose the sign of -0
 }
 
 // --- fused multiply-add and square root ----------------------------------------------------------
 #if defined(__AVX512F__)
-inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
 inline VecF sqrt(VecF a) { return (VecF)_mm512_sqrt_ps((__m512)a); }
 inline VecD sqrt(VecD a) { return (VecD)_mm512_sqrt_pd((__m512d)a); }
 #elif defined(__AVX2__)
-inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
 inline VecF sqrt(VecF a) { return (VecF)_mm256_sqrt_ps((__m256)a); }
 inline VecD sqrt(VecD a) { return (VecD)_mm256_sqrt_pd((__m256d)a); }
 #else
@@ -90,9 +99,23 @@ inline VecD sqrt(VecD a) {
 #endif
 
 // --- 16-bit floats -------------------------------------------------------------------------------
-inline VecF to_float(VecU16 bits, BFloat16) {
-  return (VecF)(__builtin_convertvector(bits, VecU32) << 16);
+// GCC takes __builtin_convertvector apart into halves; each of these is one or two instructions.
+#if defined(__AVX512F__)
+inline VecU32 widen(VecU16 v) { return (VecU32)_mm512_cvtepu16_epi32((__m256i)v); }
+inline VecU16 narrow(VecU32 v) { return (VecU16)_mm512_cvtepi32_epi16((__m512i)v); }
+#elif defined(__AVX2__)
+inline VecU32 widen(VecU16 v) { return (VecU32)_mm256_cvtepu16_epi32((__m128i)v); }
+// Saturates, where the others cut: for values below 2^16.
+inline VecU16 narrow(VecU32 v) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (VecU16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
+#else
+inline VecU32 widen(VecU16 v) { return __builtin_convertvector(v, VecU32); }
+inline VecU16 narrow(VecU32 v) { return __builtin_convertvector(v, VecU16); }
+#endif
+
+inline VecF to_float(VecU16 bits, BFloat16) { return (VecF)(widen(bits) << 16); }
 
 // Round to nearest even; NaN stays NaN (its payload's top bits, made quiet).
 inline VecU16 from_float(VecF value, BFloat16) {
@@ -100,7 +123,7 @@ inline VecU16 from_float(VecF value, BFloat16) {
   const VecU32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const VecU32 quiet = bits | 0x400000u;
   const VecI32 is_nan = value != value;
-  return __builtin_convertvector((is_nan ? quiet : rounded) >> 16, VecU16);
+  return narrow((is_nan ? quiet : rounded) >> 16);
 }
 
 #if defined(__AVX512F__)
@@ -116,7 +139,7 @@ inline VecU16 from_float(VecF value, Float16) {
 #else
 // Bit conversions after Fabian Giesen, "float->half variants"
 // (https://gist.github.com/rygorous/2156668): exact, subnormals and NaN included.
-inline float half_bits_to_float(uint16_t half) {
+__attribute__((noinline)) inline float half_bits_to_float(uint16_t half) {
   uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
   const uint32_t exponent = bits & 0x0f800000u;
   bits += (127 - 15) << 23;
@@ -137,7 +160,7 @@ inline float half_bits_to_float(uint16_t half) {
   return result;
 }
 
-inline uint16_t float_to_half_bits(float value) {
+__attribute__((noinline)) inline uint16_t float_to_half_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -210,6 +233,16 @@ inline void store_partial(T* p, typename Math<T>::Vec v, int64_t count) {
   T buffer[Math<T>::kLanes];
   store(buffer, v);
   memcpy(p, buffer, (size_t)count * sizeof(T));
+}
+
+// The lanes in double, lower half first.
+inline void widen(VecD v, VecD (&out)[1]) { out[0] = v; }
+inline void widen(VecF v, VecD (&out)[2]) {
+  typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));
+  HalfF half[2];
+  memcpy(half, &v, sizeof v);
+  out[0] = __builtin_convertvector(half[0], VecD);
+  out[1] = __builtin_convertvector(half[1], VecD);
 }
 
 // The value rounded to what storing it as T and loading it again would give.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import _cast
 
 _ops = torch.ops.torchweld
 
@@ -25,9 +26,10 @@ def _convolution(
     groups: int,
 ) -> Tensor:
     # ATen's own fake convolution also says which memory format comes out.
-    return torch.ops.aten.convolution(
+    output: Tensor = torch.ops.aten.convolution(
         input, weight, bias, stride, padding, dilation, False, [0, 0], groups
     )
+    return output
 
 
 @torch.library.register_fake("torchweld::conv_bn_relu")
@@ -124,7 +126,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Spread the gradients a backward op returned over the forward op's `count` arguments."""
     result: list[Tensor | None] = [None] * count
-    for position, wanted, gradient in zip(positions, mask, gradients):
+    for position, wanted, gradient in zip(positions, mask, gradients, strict=True):
         if wanted:
             result[position] = gradient
     return tuple(result)
@@ -209,15 +211,12 @@ def _register_autocast(op: str, cast: tuple[int, ...], device_type: str) -> None
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     overload = getattr(_ops, op).default
 
-    def lower(x: Tensor | None) -> Tensor | None:
-        # As autocast's own rule: float64 and tensors of other devices stay as they are.
-        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
-            return x
-        return x.to(torch.get_autocast_dtype(device_type)) if x.device.type == device_type else x
-
     def autocast(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return overload(*(lower(a) if i in cast else a for i, a in enumerate(args)))
+            return overload(
+                *(_cast(a, device_type, dtype) if i in cast else a for i, a in enumerate(args))
+            )
 
     _library.impl(op, autocast, key)
 
