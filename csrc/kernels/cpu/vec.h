@@ -58,21 +58,13 @@ inline V broadcast(S s) {
 
 // --- fused multiply-add and square root ----------------------------------------------------------
 #if defined(__AVX512F__)
-inline VecF fma(VecF a, VecF b, VecF c) {
-  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-inline VecD fma(VecD a, VecD b, VecD c) {
-  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-}
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 inline VecF sqrt(VecF a) { return (VecF)_mm512_sqrt_ps((__m512)a); }
 inline VecD sqrt(VecD a) { return (VecD)_mm512_sqrt_pd((__m512d)a); }
 #elif defined(__AVX2__)
-inline VecF fma(VecF a, VecF b, VecF c) {
-  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
-inline VecD fma(VecD a, VecD b, VecD c) {
-  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-}
+inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 inline VecF sqrt(VecF a) { return (VecF)_mm256_sqrt_ps((__m256)a); }
 inline VecD sqrt(VecD a) { return (VecD)_mm256_sqrt_pd((__m256d)a); }
 #else
@@ -139,7 +131,7 @@ inline VecU16 from_float(VecF value, Float16) {
 #else
 // Bit conversions after Fabian Giesen, "float->half variants"
 // (https://gist.github.com/rygorous/2156668): exact, subnormals and NaN included.
-__attribute__((noinline)) inline float half_bits_to_float(uint16_t half) {
+inline float half_bits_to_float(uint16_t half) {
   uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
   const uint32_t exponent = bits & 0x0f800000u;
   bits += (127 - 15) << 23;
@@ -160,7 +152,7 @@ __attribute__((noinline)) inline float half_bits_to_float(uint16_t half) {
   return result;
 }
 
-__attribute__((noinline)) inline uint16_t float_to_half_bits(float value) {
+inline uint16_t float_to_half_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   const uint32_t sign = (bits >> 16) & 0x8000u;
