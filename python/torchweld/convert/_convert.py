@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchweld.convert import _match, _rules, _welded
 from torchweld.convert._trace import Traced, UntraceableError, trace
+from torchweld.convert._values import stock_class
 from torchweld.nn import ConvReLU2d
 from torchweld.report import Report, Row, record
 
@@ -190,7 +191,7 @@ def _owners(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[_Owner]:
         if not _may_own(module):
             continue
         owner = _Owner(path, module, [])
-        forward = _welded.stock_class(module).forward
+        forward = stock_class(module).forward
         for training in modes:
             if "forward" in module.__dict__:
                 owner.failure = "its forward was replaced"

@@ -126,7 +126,16 @@ def _same(left: Any, right: Any) -> bool:
 class _Value(fx.Proxy):
     """A stand-in that knows when the forward asks what it is."""
 
-    # isinstance() asks for it. An answer baked into the graph must be the one a real call gives.
+    # An answer that is baked into the graph must be the one a real call gives.
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        tracer = self.tracer
+        assert isinstance(tracer, _Tracer)
+        known = self.node.op == "placeholder" and hasattr(torch.Tensor, k)
+        if tracer.watch.asking in ("hasattr", "getattr") and not known:
+            tracer.watch.refuse(f"its forward asks whether a value has {k}")
+        return fx.proxy.Attribute(self, k)
+
+    # isinstance() asks for it.
     @property
     def __class__(self) -> type:  # type: ignore[override]
         tracer = self.tracer

@@ -15,9 +15,17 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from torchweld.convert import _match, _rules
 from torchweld.convert._trace import Read, Traced, UntraceableError, trace
-from torchweld.convert._values import MISSING, TENSOR, UnwatchableError, fingerprint, flatten
+from torchweld.convert._values import (
+    MISSING,
+    STOCK,
+    TENSOR,
+    UnwatchableError,
+    fingerprint,
+    flatten,
+    stock_class,
+)
 
-_STATE, _STOCK = "_torchweld", "_torchweld_stock"
+_STATE = "_torchweld"
 _MOST_PLANS = 8
 
 Forward = Callable[..., Any]
@@ -110,15 +118,9 @@ def uninstall(owner: nn.Module) -> None:
     owner.__dict__.pop(_STATE, None)
 
 
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class a module had before it was welded."""
-    kind: type[nn.Module] = type(module).__dict__.get(_STOCK, type(module))
-    return kind
-
-
 def is_welded(module: nn.Module) -> bool:
     """Whether a module owns fused patterns."""
-    return _STOCK in type(module).__dict__
+    return STOCK in type(module).__dict__
 
 
 def is_snapshot(module: nn.Module) -> bool:
@@ -229,7 +231,7 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
         "__reduce_ex__": reduce_ex,
         "__setstate__": setstate,
         "forward": forward,
-        _STOCK: stock,
+        STOCK: stock,
     }
     if snapshot:
         members["train"] = train
