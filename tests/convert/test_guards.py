@@ -265,7 +265,14 @@ def _takes_apart(self, x):
     return self.bn(self.conv(x)) if hasattr(x, "values_") else x
 
 
+def _sets_on_value(self, x):
+    x = self.bn(self.conv(x))
+    x.note = 1
+    return x
+
+
 REFUSED = [
+    _sets_on_value,
     _counts, _keeps, _appends, _draws, _draws_torch, _prints, _no_grad, _decorated, _autocast,
     _checkpoints, _asks_grad, _asks_device, _asks_shape, _asks_type, _catches, _reads_config,
     _makes_tensor, _reads_values, _takes_apart,

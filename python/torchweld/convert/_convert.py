@@ -52,7 +52,8 @@ def weld(
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: a copy of the model would not share its parameters (TorchScript modules).
+        ValueError: a copy of the model would not share its parameters (TorchScript modules), or
+            ``inference=True`` and a module is lazy.
         RuntimeError: the outputs on ``example_inputs`` differ.
         NotImplementedError: ``memory_saving=True``.
 
@@ -77,7 +78,12 @@ def weld(
     _check_module("weld", model)
     if memory_saving:
         raise NotImplementedError("torchweld.weld: memory_saving=True is not available yet")
-    welded = copy.deepcopy(model) if inference else _copy(model)
+    if inference and any(map(nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
+        raise ValueError(
+            "torchweld.weld: inference=True needs values to fold, and a lazy module has none yet; "
+            "run the model once first"
+        )
+    welded = copy.deepcopy(model, _kept(model)) if inference else _copy(model)
     for module in welded.modules():
         if _welded.is_welded(module) and not _welded.is_snapshot(module):
             _welded.uninstall(module)
@@ -135,7 +141,7 @@ def _check_module(function: str, model: object) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()]
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    copied = copy.deepcopy(model, _kept(model) | {id(tensor): tensor for tensor in tensors})
     if any(
         ours is not theirs
         for ours, theirs in zip([*copied.parameters(), *copied.buffers()], tensors, strict=True)
@@ -145,6 +151,12 @@ def _copy(model: nn.Module) -> nn.Module:
             "TorchScript? Convert before torch.jit"
         )
     return copied
+
+
+def _kept(model: nn.Module) -> dict[int, Any]:
+    """What deepcopy refuses to copy: results left on modules, as weight_norm's hook leaves one."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return {id(v): v for v in values if isinstance(v, Tensor) and not v.is_leaf}
 
 
 @dataclass

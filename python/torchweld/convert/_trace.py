@@ -26,6 +26,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchweld.convert._inplace import IN_PLACE
 from torchweld.convert._values import MISSING, TENSOR, UnwatchableError, fingerprint, unflatten
 
 
@@ -146,6 +147,26 @@ class _Value(fx.Proxy):
             return torch.Tensor
         tracer.watch.refuse("its forward asks what type a value has")
         return _Value
+
+
+    # torch.fx would let x.requires_grad = True pass unseen.
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("node", "tracer"):
+            assert isinstance(self.tracer, _Tracer)
+            self.tracer.watch.refuse(f"its forward sets {name} of a value")
+        object.__setattr__(self, name, value)
+
+
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def method(self: _Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+# torch.fx would write x += y down as x + y, and lose what other names for x see of it.
+for _operation in IN_PLACE:
+    setattr(_Value, f"__{_operation.__name__}__", _in_place(_operation))
 
 
 class _Tracer(fx.Tracer):
