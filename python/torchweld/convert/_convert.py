@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torchweld.convert import _match, _rules, _welded
-from torchweld.convert._trace import Traced, UntraceableError, trace
+from torchweld.convert._trace import Traced, trace
 from torchweld.convert._values import stock_class
+from torchweld.convert._watch import UntraceableError
 from torchweld.nn import ConvReLU2d
 from torchweld.report import Report, Row, record
 

@@ -1,77 +1,33 @@
-"""Python's in-place operators as functions that keep the meaning they have for every type.
+"""Python's in-place operators, as functions of our own.
 
-``operator.iadd`` would do, but torch.fx prints it as ``a += b``, which for a number rebinds a name
-that other nodes still read.
+``operator.iadd`` itself would do, but torch.fx prints it as ``a += b``, which for a number rebinds
+a name that other nodes still read.
 """
 
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
 from typing import Any
 
 
-def iadd(a: Any, b: Any) -> Any:  # noqa: D103
-    a += b
-    return a
+def _own(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def function(a: Any, b: Any) -> Any:
+        return operation(a, b)
+
+    function.__name__ = function.__qualname__ = operation.__name__
+    return function
 
 
-def isub(a: Any, b: Any) -> Any:  # noqa: D103
-    a -= b
-    return a
-
-
-def imul(a: Any, b: Any) -> Any:  # noqa: D103
-    a *= b
-    return a
-
-
-def imatmul(a: Any, b: Any) -> Any:  # noqa: D103
-    a @= b
-    return a
-
-
-def itruediv(a: Any, b: Any) -> Any:  # noqa: D103
-    a /= b
-    return a
-
-
-def ifloordiv(a: Any, b: Any) -> Any:  # noqa: D103
-    a //= b
-    return a
-
-
-def imod(a: Any, b: Any) -> Any:  # noqa: D103
-    a %= b
-    return a
-
-
-def ipow(a: Any, b: Any) -> Any:  # noqa: D103
-    a **= b
-    return a
-
-
-def iand(a: Any, b: Any) -> Any:  # noqa: D103
-    a &= b
-    return a
-
-
-def ior(a: Any, b: Any) -> Any:  # noqa: D103
-    a |= b
-    return a
-
-
-def ixor(a: Any, b: Any) -> Any:  # noqa: D103
-    a ^= b
-    return a
-
-
-def ilshift(a: Any, b: Any) -> Any:  # noqa: D103
-    a <<= b
-    return a
-
-
-def irshift(a: Any, b: Any) -> Any:  # noqa: D103
-    a >>= b
-    return a
-
-
+iadd = _own(operator.iadd)
 IN_PLACE = (
-    iadd, isub, imul, imatmul, itruediv, ifloordiv, imod, ipow, iand, ior, ixor, ilshift, irshift,
+    iadd,
+    *map(
+        _own,
+        (
+            operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv,
+            operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+            operator.ilshift, operator.irshift,
+        ),
+    ),
 )  # fmt: skip
