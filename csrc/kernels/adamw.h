@@ -22,14 +22,17 @@ struct AdamWSpan {
 // Scalars of a step, computed in double by the caller as torch's fused CPU step does and rounded to
 // the arithmetic type by the kernel.
 struct AdamWScalars {
-  double decay;          // 1 - lr * weight_decay
-  double beta1;          //
-  double beta2;          //
-  double step_size;      // lr / (1 - beta1^step)
-  double bias_root;      // sqrt(1 - beta2^step)
-  double eps;            //
-  double grad_scale;     // factor on the gradient: clipping and 1 / loss scale; negative to maximize
+  double decay;  // 1 - lr * weight_decay
+  double beta1;
+  double beta2;
+  double step_size;  // lr / (1 - beta1^step)
+  double bias_root;  // sqrt(1 - beta2^step)
+  double eps;
+  double grad_scale;  // factor on the gradient: clipping and 1 / loss scale; negative to maximize
 };
+
+// A tensor may be cut into spans at multiples of this many elements without changing a bit.
+inline constexpr int64_t kAdamWSpanUnit = 16;
 
 // Updates the span in place. Float32 and 16-bit storage computes in float, float64 in double; each
 // value is rounded once, when stored. Touches nothing outside the span; spans may run in parallel.

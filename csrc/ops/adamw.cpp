@@ -1,52 +1,75 @@
 #include "ops/adamw.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "ops/check.h"
 
 namespace torchweld::ops {
 namespace {
 
-bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-    // The stride of a dimension of size 1 is never used.
-    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
-  }
-  return true;
+constexpr const char* kDTypes = "float32, float64, bfloat16, float16, complex64 or complex128";
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), others = b.sizes();
+  return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
 }
 
-void check_list(const TensorList& params, const TensorList& list, const char* argument) {
+// Whether two indices share memory, as in an expanded tensor: there is no telling which is to win.
+bool overlaps(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] > 1 && strides[i] == 0) return true;
+  }
+  return false;
+}
+
+void check_list(const TensorList& params, const TensorList& list, const char* argument,
+                bool written) {
   TORCHWELD_CHECK(list.size() == params.size(), "adamw_step_", argument,
                   params.size() << " tensors, one per param", list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     TORCHWELD_CHECK(list[i].scalar_type() == params[i].scalar_type(), "adamw_step_", argument,
-                    dtype_name(params[i].scalar_type()) << " as params[" << i << "]", dtype_name(list[i].scalar_type()));
-    TORCHWELD_CHECK(same_layout(list[i], params[i]), "adamw_step_", argument,
-                    "the shape " << shape_string(params[i]) << " and the strides of params[" << i
-                                 << "]",
-                    shape_string(list[i]) << (list[i].numel() == params[i].numel()
-                                                  ? " with other strides"
-                                                  : ""));
+                    dtype_name(params[i].scalar_type()) << " as params[" << i << "]",
+                    dtype_name(list[i].scalar_type()));
+    TORCHWELD_CHECK(same_shape(list[i], params[i]), "adamw_step_", argument,
+                    "the shape " << shape_string(params[i]) << " of params[" << i << "]",
+                    shape_string(list[i]));
+    TORCHWELD_CHECK(!written || !overlaps(list[i]), "adamw_step_", argument,
+                    "memory without overlap", "an expanded tensor at " << i);
   }
 }
 
 }  // namespace
 
+std::optional<RealType> real_type(ScalarType type) {
+  if (type == ScalarType::ComplexFloat) return RealType{kernels::DType::float32, 2};
+  if (type == ScalarType::ComplexDouble) return RealType{kernels::DType::float64, 2};
+  const auto dtype = to_dtype(type);
+  if (!dtype) return std::nullopt;
+  return RealType{*dtype, 1};
+}
+
 bool is_dense(const Tensor& tensor) {
-  std::vector<int64_t> dims;
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) == 0) return true;
-    if (tensor.size(i) > 1) dims.push_back(i);
+  if (tensor.is_contiguous()) return true;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<size_t> dims;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] > 1) dims.push_back(i);
   }
-  std::sort(dims.begin(), dims.end(),
-            [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
+  std::sort(dims.begin(), dims.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
   int64_t expected = 1;
-  for (int64_t i : dims) {
-    if (tensor.stride(i) != expected) return false;
-    expected *= tensor.size(i);
+  for (size_t i : dims) {
+    if (strides[i] != expected) return false;
+    expected *= sizes[i];
+  }
+  return true;
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    // The stride of a dimension of size 1 is never used.
+    if (sizes[i] > 1 && strides[i] != others[i]) return false;
   }
   return true;
 }
@@ -54,17 +77,16 @@ bool is_dense(const Tensor& tensor) {
 void check_adamw_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                       const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
                       const TensorList& state_steps, bool amsgrad) {
-  for (size_t i = 0; i < params.size(); ++i) {
-    TORCHWELD_CHECK(to_dtype(params[i].scalar_type()), "adamw_step_", "params",
-                    "float32, float64, bfloat16 or float16", dtype_name(params[i].scalar_type()));
-    TORCHWELD_CHECK(is_dense(params[i]), "adamw_step_", "params",
-                    "non-overlapping and dense memory", "params[" << i << "] with gaps");
+  for (const Tensor& param : params) {
+    TORCHWELD_CHECK(real_type(param.scalar_type()), "adamw_step_", "params", kDTypes,
+                    dtype_name(param.scalar_type()));
   }
-  check_list(params, grads, "grads");
-  check_list(params, exp_avgs, "exp_avgs");
-  check_list(params, exp_avg_sqs, "exp_avg_sqs");
+  check_list(params, params, "params", true);
+  check_list(params, grads, "grads", false);
+  check_list(params, exp_avgs, "exp_avgs", true);
+  check_list(params, exp_avg_sqs, "exp_avg_sqs", true);
   if (amsgrad) {
-    check_list(params, max_exp_avg_sqs, "max_exp_avg_sqs");
+    check_list(params, max_exp_avg_sqs, "max_exp_avg_sqs", true);
   } else {
     TORCHWELD_CHECK(max_exp_avg_sqs.empty(), "adamw_step_", "max_exp_avg_sqs",
                     "an empty list without amsgrad", max_exp_avg_sqs.size() << " tensors");
@@ -75,6 +97,13 @@ void check_adamw_step(const TensorList& params, const TensorList& grads, const T
     TORCHWELD_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Float, "adamw_step_",
                     "state_steps", "float32 scalars",
                     dtype_name(step.scalar_type()) << " of shape " << shape_string(step));
+  }
+}
+
+void check_grad_norm(const TensorList& grads) {
+  for (const Tensor& grad : grads) {
+    TORCHWELD_CHECK(real_type(grad.scalar_type()), "grad_norm", "grads", kDTypes,
+                    dtype_name(grad.scalar_type()));
   }
 }
 

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled libraries."""
+"""Finds the compiled libraries, and loads them on import."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ root = Path(_C.__file__).parent
 ops_library = root / "lib" / "libtorchweld_ops.so"
 cmake_prefix_path = str(root / "share" / "cmake")
 
+# Raises RuntimeError if TORCHWELD_CPU_CAPABILITY names an instruction set that is unknown or that
+# this machine cannot run: better here than at the first operator.
+_C.cpu_capability()
 
-def load() -> None:
-    """Register the operators under ``torch.ops.torchweld``.
-
-    Raises:
-        RuntimeError: ``TORCHWELD_CPU_CAPABILITY`` names an instruction set that is unknown or that
-            this machine cannot run.
-    """
-    _C.cpu_capability()
-    torch.ops.load_library(ops_library)
+# Registers the operators under torch.ops.torchweld.
+torch.ops.load_library(ops_library)

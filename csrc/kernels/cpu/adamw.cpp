@@ -1,7 +1,7 @@
-// The AdamW step. Formula and rounding order follow torch's fused CPU step
-// (aten/src/ATen/native/cpu/FusedAdamKernel.cpp), with its contractions written out as fma, so that
-// every instruction set gives the same bits. Torch's own scalar tail contracts differently from its
-// vector body; here the body's formula is used throughout.
+// The AdamW step. Formula and rounding follow torch's fused CPU step bit for bit, so that a run may
+// change from one to the other at any step (aten/src/ATen/native/cpu/FusedAdamKernel.cpp). Where
+// torch leaves contraction to its compiler, fma is written out here, so that every instruction set
+// gives the same bits.
 #include "kernels/adamw.h"
 
 #include "kernels/cpu/vec.h"
@@ -13,7 +13,6 @@ template <class T>
 struct Step {
   using Vec = typename Math<T>::Vec;
   using Scalar = typename Math<T>::Scalar;
-  static constexpr int kLanes = Math<T>::kLanes;
 
   explicit Step(const AdamWScalars& s)
       : decay(broadcast<Vec>((Scalar)s.decay)),
@@ -23,20 +22,22 @@ struct Step {
         step_size(broadcast<Vec>((Scalar)-s.step_size)),
         bias_root(broadcast<Vec>((Scalar)s.bias_root)),
         eps(broadcast<Vec>((Scalar)s.eps)) {
-    // lerp(m, g, c1) as torch's: from the nearer end, so that c1 = 1 gives g exactly.
+    // lerp(m, g, c1) from the nearer end, so that c1 = 1 gives g exactly.
     const Scalar c1 = (Scalar)(1.0 - s.beta1);
-    from_m = (c1 < 0 ? -c1 : c1) < (Scalar)0.5;
+    from_m = c1 < (Scalar)0.5;
     lerp_weight = broadcast<Vec>(from_m ? c1 : c1 - 1);
   }
 
   Vec decay, grad_scale, beta2, c2, step_size, bias_root, eps, lerp_weight;
   bool from_m;
 
-  void update(Vec& p, Vec g, Vec& m, Vec& v, Vec* v_max) const {
+  // v_max is null unless amsgrad. `tail`: torch's loop over what fills no register of its own was
+  // contracted the other way round; the two differ by at most one ulp of v.
+  void update(Vec& p, Vec g, Vec& m, Vec& v, Vec* v_max, bool tail) const {
     g = g * grad_scale;
     p = p * decay;
     m = fma(lerp_weight, g - m, from_m ? m : g);
-    v = fma(c2 * g, g, v * beta2);
+    v = tail ? fma(v, beta2, c2 * g * g) : fma(c2 * g, g, v * beta2);
     Vec second = v;
     if (v_max != nullptr) {
       // NaN wins, as in torch.maximum.
@@ -48,66 +49,99 @@ struct Step {
   }
 };
 
-template <class T>
-void adamw_step(const AdamWSpan& span, const AdamWScalars& scalars) {
-  const Step<T> step(scalars);
-  constexpr int kLanes = Step<T>::kLanes;
-  T* p = static_cast<T*>(span.param);
-  const T* g = static_cast<const T*>(span.grad);
-  T* m = static_cast<T*>(span.exp_avg);
-  T* v = static_cast<T*>(span.exp_avg_sq);
-  T* v_max = static_cast<T*>(span.max_exp_avg_sq);
+template <class T, bool kAmsgrad>
+struct Span {
+  using Vec = typename Math<T>::Vec;
+  static constexpr int kLanes = Math<T>::kLanes;
+  T* p;
+  const T* g;
+  T* m;
+  T* v;
+  T* v_max;
 
-  int64_t i = 0;
-  for (; i + kLanes <= span.size; i += kLanes) {
-    auto pv = load(p + i), mv = load(m + i), vv = load(v + i);
-    if (v_max != nullptr) {
-      auto xv = load(v_max + i);
-      step.update(pv, load(g + i), mv, vv, &xv);
+  void update_at(int64_t i, const Step<T>& step, bool tail) const {
+    Vec pv = load(p + i), mv = load(m + i), vv = load(v + i);
+    if constexpr (kAmsgrad) {
+      Vec xv = load(v_max + i);
+      step.update(pv, load(g + i), mv, vv, &xv, tail);
       store(v_max + i, xv);
     } else {
-      step.update(pv, load(g + i), mv, vv, nullptr);
+      step.update(pv, load(g + i), mv, vv, nullptr, tail);
     }
     store(p + i, pv);
     store(m + i, mv);
     store(v + i, vv);
   }
-  if (const int64_t rest = span.size - i; rest > 0) {
-    auto pv = load_partial(p + i, rest), mv = load_partial(m + i, rest), vv = load_partial(v + i, rest);
-    auto xv = v_max != nullptr ? load_partial(v_max + i, rest) : vv;
-    step.update(pv, load_partial(g + i, rest), mv, vv, v_max != nullptr ? &xv : nullptr);
-    if (v_max != nullptr) store_partial(v_max + i, xv, rest);
-    store_partial(p + i, pv, rest);
-    store_partial(m + i, mv, rest);
-    store_partial(v + i, vv, rest);
+
+  // Elements [begin, end), fewer than a register holds, through zero-padded copies.
+  void update_partial(int64_t begin, int64_t end, const Step<T>& step, bool tail) const {
+    if (begin == end) return;
+    const size_t bytes = (size_t)(end - begin) * sizeof(T);
+    T copies[5][kLanes];
+    memset(copies, 0, sizeof copies);
+    memcpy(copies[0], p + begin, bytes);
+    memcpy(copies[1], g + begin, bytes);
+    memcpy(copies[2], m + begin, bytes);
+    memcpy(copies[3], v + begin, bytes);
+    if constexpr (kAmsgrad) memcpy(copies[4], v_max + begin, bytes);
+    Span{copies[0], copies[1], copies[2], copies[3], copies[4]}.update_at(0, step, tail);
+    memcpy(p + begin, copies[0], bytes);
+    memcpy(m + begin, copies[2], bytes);
+    memcpy(v + begin, copies[3], bytes);
+    if constexpr (kAmsgrad) memcpy(v_max + begin, copies[4], bytes);
   }
+
+  void update(int64_t size, const Step<T>& step) const {
+    constexpr int kTorchLanes = 32 / (int)sizeof(T);  // torch's fused step is AVX2 code
+    const int64_t tail = size - size % kTorchLanes;
+    int64_t i = 0;
+    for (; i + kLanes <= tail; i += kLanes) update_at(i, step, false);
+    update_partial(i, tail, step, false);
+    for (i = tail; i + kLanes <= size; i += kLanes) update_at(i, step, true);
+    update_partial(i, size, step, true);
+  }
+};
+
+template <class T, bool kAmsgrad>
+void run(const AdamWSpan& s, const AdamWScalars& scalars) {
+  Span<T, kAmsgrad>{(T*)s.param, (const T*)s.grad, (T*)s.exp_avg, (T*)s.exp_avg_sq,
+                    (T*)s.max_exp_avg_sq}
+      .update(s.size, Step<T>(scalars));
 }
 
-// Eight partial sums, whatever the register width, so that the order of additions, and with it the
-// result, is the same on every instruction set.
+template <class T>
+void adamw_step(const AdamWSpan& span, const AdamWScalars& scalars) {
+  span.max_exp_avg_sq != nullptr ? run<T, true>(span, scalars) : run<T, false>(span, scalars);
+}
+
+// Element i goes into partial sum i % 16 whatever the register width, so that the order of
+// additions, and with it the result, is the same on every instruction set.
 template <class T>
 double sum_of_squares(const void* data, int64_t size) {
-  constexpr int kSums = 8;
+  constexpr int kSums = 16;
   constexpr int kLanes = Math<T>::kLanes;
+  constexpr int kWide = sizeof(typename Math<T>::Scalar) == 8 ? 1 : 2;  // VecD to hold a register
   const T* x = static_cast<const T*>(data);
-  double sums[kSums] = {};
+  VecD sums[kSums / kLanesD] = {};
+  const auto add_block = [&](const T* block) {
+    for (int i = 0; i < kSums / kLanes; ++i) {
+      VecD wide[kWide];
+      widen(load(block + i * kLanes), wide);
+      for (int j = 0; j < kWide; ++j) sums[i * kWide + j] += wide[j] * wide[j];
+    }
+  };
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    const auto v = load(x + i);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double value = v[lane];
-      sums[(i + lane) % kSums] += value * value;
-    }
-  }
+  for (; i + kSums <= size; i += kSums) add_block(x + i);
   if (i < size) {
-    const auto v = load_partial(x + i, size - i);
-    for (int lane = 0; i + lane < size; ++lane) {
-      const double value = v[lane];
-      sums[(i + lane) % kSums] += value * value;
-    }
+    T rest[kSums];
+    memset(rest, 0, sizeof rest);
+    memcpy(rest, x + i, (size_t)(size - i) * sizeof(T));
+    add_block(rest);
   }
   double total = 0;
-  for (double sum : sums) total += sum;
+  for (VecD sum : sums) {
+    for (int lane = 0; lane < kLanesD; ++lane) total += sum[lane];
+  }
   return total;
 }
 

@@ -3,14 +3,16 @@
 
 // Each kernel source is compiled once per instruction set, in a namespace of that name, and defines
 // one of these tables there.
-#define TORCHWELD_DECLARE_ISA(isa)             \
-  namespace torchweld::kernels::isa {          \
-  extern const AdamWKernels adamw;             \
-  extern const ConvBNReLUKernels conv_bn_relu; \
-  inline constexpr KernelTable table{          \
-      .adamw = &adamw,                         \
-      .conv_bn_relu = &conv_bn_relu,           \
-  };                                           \
+#define TORCHWELD_DECLARE_ISA(isa)                      \
+  namespace torchweld::kernels::isa {                   \
+  extern const AdamWKernels adamw;                      \
+  extern const ConvBNReLUKernels conv_bn_relu;          \
+  extern const QuantizedLinearKernels quantized_linear; \
+  inline constexpr KernelTable table{                   \
+      .adamw = &adamw,                                  \
+      .conv_bn_relu = &conv_bn_relu,                    \
+      .quantized_linear = &quantized_linear,            \
+  };                                                    \
   }
 
 TORCHWELD_DECLARE_ISA(scalar)

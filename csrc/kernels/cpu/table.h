@@ -4,12 +4,14 @@
 #include "kernels/adamw.h"
 #include "kernels/conv_bn_relu.h"
 #include "kernels/cpu/capability.h"
+#include "kernels/quantized_linear.h"
 
 namespace torchweld::kernels {
 
 struct KernelTable {
   const AdamWKernels* adamw;
   const ConvBNReLUKernels* conv_bn_relu;
+  const QuantizedLinearKernels* quantized_linear;
 };
 
 // The kernels compiled for an instruction set. Call only one this machine can run.

@@ -30,6 +30,7 @@ typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
 typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef int8_t VecI8 __attribute__((vector_size(kVectorBytes / 4)));
 
 inline constexpr int kLanesF = kVectorBytes / 4;
 inline constexpr int kLanesD = kVectorBytes / 8;
@@ -52,7 +53,7 @@ struct Math<double> {
 
 template <class V, class S>
 inline V broadcast(S s) {
-  return V{} + s;
+  return s - V{};  // and not V{} + s, which would lose the sign of -0
 }
 
 // --- fused multiply-add and square root ----------------------------------------------------------
@@ -89,10 +90,51 @@ inline VecD sqrt(VecD a) {
 }
 #endif
 
-// --- 16-bit floats -------------------------------------------------------------------------------
-inline VecF to_float(VecU16 bits, BFloat16) {
-  return (VecF)(__builtin_convertvector(bits, VecU32) << 16);
+// --- bytes ---------------------------------------------------------------------------------------
+// GCC 12 takes __builtin_convertvector between bytes and words apart lane by lane.
+#if defined(__AVX512F__)
+inline VecI8 low_bytes(VecI32 a) { return (VecI8)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)a); }
+inline VecI32 widen(VecI8 a) { return (VecI32)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)a); }
+#elif defined(__AVX2__)
+inline VecI8 low_bytes(VecI32 a) {
+  const __m256i first =
+      _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
+                       -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)a, first);
+  const __m128i joined =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  VecI8 result;
+  memcpy(&result, &joined, sizeof result);
+  return result;
 }
+inline VecI32 widen(VecI8 a) {
+  __m128i bytes = _mm_setzero_si128();
+  memcpy(&bytes, &a, sizeof a);
+  return (VecI32)_mm256_cvtepi8_epi32(bytes);
+}
+#else
+inline VecI8 low_bytes(VecI32 a) { return __builtin_convertvector(a, VecI8); }
+inline VecI32 widen(VecI8 a) { return __builtin_convertvector(a, VecI32); }
+#endif
+
+// --- 16-bit floats -------------------------------------------------------------------------------
+// GCC takes __builtin_convertvector apart into halves; each of these is one or two instructions.
+#if defined(__AVX512F__)
+inline VecU32 widen(VecU16 v) { return (VecU32)_mm512_cvtepu16_epi32((__m256i)v); }
+inline VecU16 narrow(VecU32 v) { return (VecU16)_mm512_cvtepi32_epi16((__m512i)v); }
+#elif defined(__AVX2__)
+inline VecU32 widen(VecU16 v) { return (VecU32)_mm256_cvtepu16_epi32((__m128i)v); }
+// Saturates, where the others cut: for values below 2^16.
+inline VecU16 narrow(VecU32 v) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (VecU16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+#else
+inline VecU32 widen(VecU16 v) { return __builtin_convertvector(v, VecU32); }
+inline VecU16 narrow(VecU32 v) { return __builtin_convertvector(v, VecU16); }
+#endif
+
+inline VecF to_float(VecU16 bits, BFloat16) { return (VecF)(widen(bits) << 16); }
 
 // Round to nearest even; NaN stays NaN (its payload's top bits, made quiet).
 inline VecU16 from_float(VecF value, BFloat16) {
@@ -100,7 +142,7 @@ inline VecU16 from_float(VecF value, BFloat16) {
   const VecU32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const VecU32 quiet = bits | 0x400000u;
   const VecI32 is_nan = value != value;
-  return __builtin_convertvector((is_nan ? quiet : rounded) >> 16, VecU16);
+  return narrow((is_nan ? quiet : rounded) >> 16);
 }
 
 #if defined(__AVX512F__)
@@ -210,6 +252,16 @@ inline void store_partial(T* p, typename Math<T>::Vec v, int64_t count) {
   T buffer[Math<T>::kLanes];
   store(buffer, v);
   memcpy(p, buffer, (size_t)count * sizeof(T));
+}
+
+// The lanes in double, lower half first.
+inline void widen(VecD v, VecD (&out)[1]) { out[0] = v; }
+inline void widen(VecF v, VecD (&out)[2]) {
+  typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));
+  HalfF half[2];
+  memcpy(half, &v, sizeof v);
+  out[0] = __builtin_convertvector(half[0], VecD);
+  out[1] = __builtin_convertvector(half[1], VecD);
 }
 
 // The value rounded to what storing it as T and loading it again would give.

@@ -1,5 +1,8 @@
-"""What Python adds to the registered ops: fake kernels, derivatives, autocast."""
+"""What torch needs to know of each operator beyond its kernels: shapes, gradients, autocast."""
 
-from torchweld._dispatch import conv_bn_relu
+# The operators must be registered before anything is registered for them.
+from torchweld import _library as _library  # isort: skip
 
-__all__ = ["conv_bn_relu"]
+from torchweld._dispatch import adamw, conv_bn_relu, quantized_linear
+
+__all__ = ["adamw", "conv_bn_relu", "quantized_linear"]

@@ -178,9 +178,7 @@ def _refuse(op: str, sentence: str) -> None:
     torch.library.register_autograd(f"torchweld::{op}", backward)
 
 
-torch.library.register_autograd(
-    "torchweld::conv_bn_relu", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("torchweld::conv_bn_relu", _backward, setup_context=_setup_context)
 torch.library.register_autograd(
     "torchweld::conv_bn_relu_frozen", _backward_frozen, setup_context=_setup_context_frozen
 )

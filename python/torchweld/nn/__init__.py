@@ -2,5 +2,6 @@
 
 from torchweld.nn import functional
 from torchweld.nn.conv_bn_relu import ConvBNReLU2d, ConvReLU2d
+from torchweld.nn.quantized_linear import QuantizedLinear
 
-__all__ = ["ConvBNReLU2d", "ConvReLU2d", "functional"]
+__all__ = ["ConvBNReLU2d", "ConvReLU2d", "QuantizedLinear", "functional"]

@@ -1,7 +1,5 @@
 """Convolution, batch norm, residual and activation as one module."""
 
-from __future__ import annotations
-
 from typing import Any, List, Optional  # noqa: UP035
 
 import torch
@@ -161,7 +159,7 @@ class ConvBNReLU2d(nn.Module):
         bn: nn.BatchNorm2d,
         activation: str = "relu",
         negative_slope: float = 0.01,
-    ) -> ConvBNReLU2d:
+    ) -> "ConvBNReLU2d":
         """Fuse two stock modules, which the result shares: parameters, buffers, modes and all.
 
         Args:
@@ -195,9 +193,7 @@ class ConvBNReLU2d(nn.Module):
 
     def to_float(self) -> nn.Sequential:
         """Return the stock modules ``conv``, ``bn`` and activation, sharing all state."""
-        stock = nn.Sequential(
-            self.conv, self.bn, _to_module(self.activation, self.negative_slope)
-        )
+        stock = nn.Sequential(self.conv, self.bn, _to_module(self.activation, self.negative_slope))
         stock.training = self.training
         return stock
 
@@ -269,7 +265,7 @@ class ConvReLU2d(nn.Module):
         bn: nn.BatchNorm2d,
         activation: str = "relu",
         negative_slope: float = 0.01,
-    ) -> ConvReLU2d:
+    ) -> "ConvReLU2d":
         r"""Fold the running statistics of ``bn`` into ``conv``, in float64, rounded once.
 
         .. math::

@@ -1,0 +1,86 @@
+#include "ops/quantized_linear.h"
+
+#include "ops/check.h"
+
+namespace torchweld::ops {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool is_vector(const Tensor& tensor, int64_t size) {
+  return tensor.dim() == 1 && tensor.size(0) == size;
+}
+
+}  // namespace
+
+LinearShape check_quantized_linear(const char* op, const char* argument, const Tensor& matrix,
+                                   bool columns_are_in_features, const Tensor& packed_weight,
+                                   const Tensor& weight_scale, int64_t in_features) {
+  const auto dtype = to_dtype(matrix.scalar_type());
+  TORCHWELD_CHECK(dtype && *dtype != kernels::DType::float64, op, argument,
+                  "float32, bfloat16 or float16", dtype_name(matrix.scalar_type()));
+  TORCHWELD_CHECK(in_features >= 0 && in_features <= kernels::kMaxInFeatures, op, "in_features",
+                  "0 to " << kernels::kMaxInFeatures << ", so that int32 sums cannot overflow",
+                  in_features);
+  TORCHWELD_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.dim() == 1 &&
+                      weight_scale.is_contiguous(),
+                  op, "weight_scale", "contiguous float32 [out_features]",
+                  dtype_name(weight_scale.scalar_type()) << " " << shape_string(weight_scale));
+
+  LinearShape shape{.rows = 1,
+                    .in_features = in_features,
+                    .out_features = weight_scale.size(0),
+                    .panels = ceil_div(weight_scale.size(0), kernels::kPanelColumns),
+                    .quads = ceil_div(in_features, kernels::kQuad)};
+  TORCHWELD_CHECK(packed_weight.scalar_type() == ScalarType::Char && packed_weight.dim() == 4 &&
+                      packed_weight.size(0) == shape.panels &&
+                      packed_weight.size(1) == shape.quads &&
+                      packed_weight.size(2) == kernels::kPanelColumns &&
+                      packed_weight.size(3) == kernels::kQuad && packed_weight.is_contiguous(),
+                  op, "packed_weight",
+                  "contiguous int8 [" << shape.panels << ", " << shape.quads << ", 16, 4] for "
+                                      << shape.out_features << " x " << in_features,
+                  dtype_name(packed_weight.scalar_type()) << " " << shape_string(packed_weight));
+
+  const int64_t columns = columns_are_in_features ? in_features : shape.out_features;
+  TORCHWELD_CHECK(matrix.dim() >= 1 && matrix.size(matrix.dim() - 1) == columns, op, argument,
+                  "[..., " << columns << "]", shape_string(matrix));
+  for (int64_t i = 0; i + 1 < matrix.dim(); ++i) shape.rows *= matrix.size(i);
+  return shape;
+}
+
+void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape) {
+  TORCHWELD_CHECK(weight_sum.scalar_type() == ScalarType::Int && weight_sum.is_contiguous() &&
+                      is_vector(weight_sum, shape.panels * kernels::kPanelColumns),
+                  op, "weight_sum",
+                  "contiguous int32 [" << shape.panels * kernels::kPanelColumns << "]",
+                  dtype_name(weight_sum.scalar_type()) << " " << shape_string(weight_sum));
+}
+
+void check_linear_bias(const char* op, const std::optional<Tensor>& bias,
+                       const LinearShape& shape) {
+  if (!bias) return;
+  TORCHWELD_CHECK(to_dtype(bias->scalar_type()) && is_vector(*bias, shape.out_features), op, "bias",
+                  "floating point [" << shape.out_features << "]",
+                  dtype_name(bias->scalar_type()) << " " << shape_string(*bias));
+}
+
+kernels::LinearActivation parse_linear_activation(const char* op, const std::string& name) {
+  using kernels::LinearActivation;
+  if (name == "identity") return LinearActivation::identity;
+  if (name == "relu") return LinearActivation::relu;
+  if (name == "gelu") return LinearActivation::gelu;
+  if (name == "gelu_tanh") return LinearActivation::gelu_tanh;
+  TORCHWELD_CHECK(name == "silu", op, "activation", "identity, relu, gelu, gelu_tanh or silu",
+                  '"' << name << '"');
+  return LinearActivation::silu;
+}
+
+IntList with_last_size(const Tensor& tensor, int64_t size) {
+  IntList sizes;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  sizes.push_back(size);
+  return sizes;
+}
+
+}  // namespace torchweld::ops

@@ -1,0 +1,36 @@
+// What every back end of the quantized linear ops checks and derives before it touches memory.
+#pragma once
+
+#include <string>
+
+#include "kernels/quantized_linear.h"
+#include "ops/torch_compat.h"
+
+namespace torchweld::ops {
+
+// Sizes of one product: [rows, in_features] x [in_features, out_features].
+struct LinearShape {
+  int64_t rows;
+  int64_t in_features;
+  int64_t out_features;
+  int64_t panels;  // ceil(out_features / 16)
+  int64_t quads;   // ceil(in_features / 4)
+};
+
+// Throws unless the packed weight and its scales fit each other, and `matrix`, the argument of that
+// name, is float32, bfloat16 or float16 [..., columns] with the number of columns given.
+LinearShape check_quantized_linear(const char* op, const char* argument, const Tensor& matrix,
+                                   bool columns_are_in_features, const Tensor& packed_weight,
+                                   const Tensor& weight_scale, int64_t in_features);
+
+void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape);
+
+void check_linear_bias(const char* op, const std::optional<Tensor>& bias, const LinearShape& shape);
+
+// Throws unless the name is one of identity, relu, gelu, gelu_tanh, silu.
+kernels::LinearActivation parse_linear_activation(const char* op, const std::string& name);
+
+// The sizes of `tensor` with the last one replaced.
+IntList with_last_size(const Tensor& tensor, int64_t size);
+
+}  // namespace torchweld::ops

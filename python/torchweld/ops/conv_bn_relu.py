@@ -1,0 +1,371 @@
+r"""Convolution, batch norm, residual and activation as functional ops.
+
+Common to all of them. Activation tensors (input, weight, bias, residual, output and their gradients)
+share one dtype: float32, float64, bfloat16 or float16; ``bn_*`` and ``running_*`` have ``[C]``
+elements of that dtype, or float32 beside a 16-bit one. Memory is contiguous or channels_last; others
+are copied. Batch statistics are float64 ``[C]``. ``activation`` is ``"identity"``, ``"relu"``,
+``"relu6"``, ``"leaky_relu"``, ``"silu"`` or ``"hardswish"``; ``negative_slope`` is that of
+``"leaky_relu"``. Every op raises RuntimeError, naming op, argument, expected and got, where a shape,
+a dtype or a name does not fit.
+
+Statistics and reductions accumulate in float64 and give the same bits whatever the thread count;
+elementwise arithmetic is float32 (float64 for float64), rounded once. The convolution is ATen's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "batch_norm_relu",
+    "batch_norm_relu_backward",
+    "batch_norm_relu_backward_reduce",
+    "batch_norm_stats",
+    "conv_bn_relu",
+    "conv_bn_relu_frozen",
+    "conv_relu",
+    "update_running_stats",
+]
+
+_ops = torch.ops.torchweld
+
+
+def _pair(value: int | tuple[int, int] | list[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def conv_bn_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""Compute ``activation(batch_norm(conv2d(input)) + residual)`` with this batch's statistics.
+
+    .. math::
+        y = \operatorname{act}\left(\gamma (a - \mu) \cdot \tfrac{1}{\sqrt{\sigma^2 + \epsilon}}
+            + \beta + r\right), \qquad a = \operatorname{conv}(x)
+
+    Args:
+        input: ``[N, C_in, H, W]``.
+        weight: ``[C, C_in / groups, kH, kW]``.
+        bias: ``[C]`` of the convolution; its gradient is exactly zero, as the mean takes it out.
+        bn_weight: gamma, 1 if absent.
+        bn_bias: beta, 0 if absent.
+        residual: of the output's shape, added before the activation.
+        stride: of the convolution, as ``padding``, ``dilation`` and ``groups``.
+        padding: zeros on both sides.
+        dilation: see ``stride``.
+        groups: see ``stride``.
+        eps: added to the variance.
+        activation: see the module's description.
+        negative_slope: see the module's description.
+
+    Returns:
+        ``output`` and, for :func:`update_running_stats` and the backward, not differentiable:
+        ``conv_output``, ``mean``, ``invstd`` and the biased ``var``.
+
+    Raises:
+        RuntimeError: if an argument does not fit; if a second derivative is asked for.
+
+    Note:
+        One value per channel is taken as it is (variance 0); the module raises as torch does.
+        The backward recomputes the activation's derivative from ``conv_output``.
+
+    Reference:
+        Ioffe and Szegedy, https://arxiv.org/abs/1502.03167.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> output, _, mean, _, _ = tw.ops.conv_bn_relu(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 1, 1))
+        >>> output.shape, mean.tolist()
+        (torch.Size([2, 4, 8, 8]), [3.0, 3.0, 3.0, 3.0])
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _ops.conv_bn_relu(
+        input, weight, bias, bn_weight, bn_bias, residual, _pair(stride), _pair(padding),
+        _pair(dilation), groups, eps, activation, negative_slope,
+    )  # fmt: skip
+    return result
+
+
+def conv_bn_relu_frozen(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """Compute what :func:`conv_bn_relu` does, with given statistics, which get no gradient.
+
+    Args:
+        input: as in :func:`conv_bn_relu`, and so all others.
+        weight: see there.
+        bias: see there; here it has a gradient.
+        bn_weight: see there.
+        bn_bias: see there.
+        running_mean: ``[C]``.
+        running_var: ``[C]``.
+        residual: see there.
+        stride: see there.
+        padding: see there.
+        dilation: see there.
+        groups: see there.
+        eps: see there.
+        activation: see there.
+        negative_slope: see there.
+
+    Returns:
+        ``output``, and ``conv_output`` for the backward, not differentiable.
+
+    Raises:
+        RuntimeError: if an argument does not fit; if a second derivative is asked for.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> x, w, zero, one = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1), torch.zeros(1), torch.ones(1)
+        >>> tw.ops.conv_bn_relu_frozen(x, w, None, None, None, zero, one, eps=0.0)[0].sum()
+        tensor(4.)
+    """
+    result: tuple[Tensor, Tensor] = _ops.conv_bn_relu_frozen(
+        input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, _pair(stride),
+        _pair(padding), _pair(dilation), groups, eps, activation, negative_slope,
+    )  # fmt: skip
+    return result
+
+
+def conv_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Compute ``activation(conv2d(input) + residual)``, for a batch norm folded into the weights.
+
+    Args:
+        input: as in :func:`conv_bn_relu`, and so all others.
+        weight: see there.
+        bias: see there.
+        residual: see there.
+        stride: see there.
+        padding: see there.
+        dilation: see there.
+        groups: see there.
+        activation: see there.
+        negative_slope: see there.
+
+    Returns:
+        The output, ``[N, C, H_out, W_out]``.
+
+    Raises:
+        RuntimeError: if an argument does not fit; in the backward, as it has no gradient.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> tw.ops.conv_relu(torch.ones(1, 1, 2, 2), -torch.ones(1, 1, 1, 1)).sum()
+        tensor(0.)
+    """
+    result: Tensor = _ops.conv_relu(
+        input, weight, bias, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
+        activation, negative_slope,
+    )  # fmt: skip
+    return result
+
+
+def update_running_stats(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """Move running statistics towards those of a batch, in place.
+
+    ``running = (1 - momentum) * running + momentum * batch``, computed in float64, with the unbiased
+    variance ``var * count / (count - 1)``.
+
+    Args:
+        running_mean: ``[C]``, floating point.
+        running_var: ``[C]``, floating point.
+        mean: float64 ``[C]``.
+        var: float64 ``[C]``, biased.
+        count: values per channel; 0 (an empty batch) changes nothing.
+        momentum: weight of the batch.
+
+    Raises:
+        RuntimeError: if an argument does not fit, or ``count`` is 1.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> mean, var, one = torch.zeros(1), torch.ones(1), torch.ones(1, dtype=torch.float64)
+        >>> tw.ops.update_running_stats(mean, var, one, one, 2, 0.5)
+        >>> mean, var
+        (tensor([0.5000]), tensor([1.5000]))
+    """
+    _ops.update_running_stats(running_mean, running_var, mean, var, count, momentum)
+
+
+def batch_norm_stats(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values per channel, their mean, and the sum of squared deviations from it.
+
+    What processes exchange to normalize with the statistics of all of them.
+
+    Args:
+        input: ``[N, C, H, W]``; empty gives zeros.
+
+    Returns:
+        ``count`` float64 ``[1]``, ``mean`` and ``m2`` float64 ``[C]``.
+
+    Raises:
+        RuntimeError: if the input is not 4-D of a supported dtype.
+
+    Note:
+        Per tile about the tile's own mean, tiles merged in float64: a mean far larger than the
+        deviation costs no accuracy.
+
+    Reference:
+        Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> count, mean, m2 = tw.ops.batch_norm_stats(torch.tensor([1.0, 3.0]).view(1, 1, 1, 2))
+        >>> count.item(), mean.item(), m2.item()
+        (2.0, 2.0, 2.0)
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _ops.batch_norm_stats(input)
+    return result
+
+
+def batch_norm_relu(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """Compute ``activation(bn_weight * (input - mean) * invstd + bn_bias + residual)``.
+
+    Args:
+        input: ``[N, C, H, W]``.
+        mean: float64 ``[C]``.
+        invstd: float64 ``[C]``.
+        bn_weight: as in :func:`conv_bn_relu`, and so all others.
+        bn_bias: see there.
+        residual: see there.
+        activation: see there.
+        negative_slope: see there.
+
+    Returns:
+        The output, in the shape, dtype and memory format of the input.
+
+    Raises:
+        RuntimeError: if an argument does not fit; in the backward, which needs an exchange between
+            processes (see :func:`batch_norm_relu_backward`).
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> tw.ops.batch_norm_relu(torch.full((1, 1, 1, 1), 3.0), one, 2 * one).item()
+        4.0
+    """
+    result: Tensor = _ops.batch_norm_relu(
+        input, mean, invstd, bn_weight, bn_bias, residual, activation, negative_slope
+    )
+    return result
+
+
+def batch_norm_relu_backward_reduce(
+    grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    """Sum what the backward of :func:`batch_norm_relu` needs from every process.
+
+    Args:
+        grad_output: of the input's shape and dtype.
+        input: as given to :func:`batch_norm_relu`.
+        mean: see there.
+        invstd: see there.
+        *args: ``bn_weight, bn_bias, residual, activation, negative_slope`` as given there.
+
+    Returns:
+        Float64 ``[C]``: the sum of ``g``, the gradient of ``bn_bias``, and of ``g * xhat``, that of
+        ``bn_weight``, where ``g`` is ``grad_output`` times the activation's derivative.
+
+    Raises:
+        RuntimeError: if an argument does not fit.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> x, one = torch.full((1, 1, 1, 2), 3.0), torch.ones(1, dtype=torch.float64)
+        >>> g, g_xhat = tw.ops.batch_norm_relu_backward_reduce(
+        ...     x, x, one, one, None, None, None, "relu", 0.0)
+        >>> g.item(), g_xhat.item()
+        (6.0, 12.0)
+    """
+    result: tuple[Tensor, Tensor] = _ops.batch_norm_relu_backward_reduce(
+        grad_output, input, mean, invstd, *args
+    )
+    return result
+
+
+def batch_norm_relu_backward(
+    grad_output: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of :func:`batch_norm_relu` for input and residual.
+
+    Args:
+        grad_output: of the input's shape and dtype.
+        input: as given to :func:`batch_norm_relu`.
+        mean: see there.
+        invstd: see there.
+        *args: ``bn_weight, bn_bias, residual, sum_g, sum_g_xhat, count, activation,
+            negative_slope``, where the sums of :func:`batch_norm_relu_backward_reduce` and the
+            count (float64 ``[1]``) are over all processes.
+
+    Returns:
+        The gradient of the input, and of the residual (an empty tensor without one).
+
+    Raises:
+        RuntimeError: if an argument does not fit.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> x, one = torch.full((1, 1, 1, 2), 3.0), torch.ones(1, dtype=torch.float64)
+        >>> tw.ops.batch_norm_relu_backward(
+        ...     x, x, one, one, None, None, None, 0 * one, 0 * one, 2 * one, "relu", 0.0)[0].sum()
+        tensor(6.)
+    """
+    result: tuple[Tensor, Tensor] = _ops.batch_norm_relu_backward(
+        grad_output, input, mean, invstd, *args
+    )
+    return result

@@ -1,0 +1,180 @@
+"""Functional form of the int8 linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
+
+PANEL = 16
+QUAD = 4
+
+# Sums of more products of two values up to 127 could overflow int32.
+MAX_IN_FEATURES = (2**31 - 1) // 127**2
+
+
+def quantized_linear(
+    input: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    activation: str = "identity",
+) -> Tensor:
+    """Apply ``activation(input @ weight.T + bias)`` in int8, quantizing ``input`` on the fly.
+
+    Every row of ``input`` is quantized by itself (per token), in float32:
+    ``scale = max(absmax / 127, 2**-126)`` and ``q = round_half_to_even(input * (1 / scale))``. A
+    row that holds a NaN or an infinity gives a row of NaN and touches no other row.
+
+    Args:
+        input: ``[..., in_features]`` in float32, bfloat16 or float16, any strides.
+        packed_weight: int8 weight in the layout :func:`pack_weight` gives.
+        weight_scale: float32 ``[out_features]``; column ``n`` of the weight is
+            ``weight_scale[n] * qweight[n]``.
+        weight_sum: int32 sums of the weight's columns, from :func:`pack_weight`.
+        bias: floating point ``[out_features]``, or None. Used in float32.
+        in_features: the number of input features K, at most 133144.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+
+    Returns:
+        ``[..., out_features]`` in the dtype of ``input``.
+
+    Raises:
+        RuntimeError: a tensor's shape or dtype, ``in_features`` or ``activation`` is not as above;
+            the message names it. Also when ``weight_scale`` requires grad.
+
+    Note:
+        Products are summed exactly in int32; then, in float32, ``float(sum) * scale``, one fused
+        multiply-add with ``weight_scale`` and ``bias``, the activation, and one rounding to the
+        dtype of ``input``. The result has the same bits on every CPU instruction set, for any
+        number of threads, and whatever other rows are in the batch.
+
+        Differentiable in ``input`` and ``bias``; rounding counts as the identity (straight-through
+        estimator), so the gradient of ``input`` is that of a linear layer with the dequantized
+        weight, rounded to the gradient's dtype. Its matrix product is ATen's and is not quantized.
+        Under autocast ``input`` is cast to the autocast dtype, everything else is left as it is.
+
+    Reference:
+        Symmetric quantization as in https://arxiv.org/abs/2004.09602; straight-through estimator:
+        https://arxiv.org/abs/1308.3432.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> qweight, scale = tw.ops.quantize_weight(torch.randn(8, 32))
+        >>> packed, weight_sum = tw.ops.pack_weight(qweight)
+        >>> tw.ops.quantized_linear(torch.randn(4, 32), packed, scale, weight_sum, None, 32).shape
+        torch.Size([4, 8])
+    """
+    result: Tensor = torch.ops.torchweld.quantized_linear(
+        input, packed_weight, weight_scale, weight_sum, bias, in_features, activation
+    )
+    return result
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a linear weight to int8, symmetrically and per output channel.
+
+    Args:
+        weight: finite floating point ``[out_features, in_features]``.
+
+    Returns:
+        ``qweight``, int8 of the same shape within [-127, 127], and ``weight_scale``, float32
+        ``[out_features]``, so that ``qweight * weight_scale[:, None]`` approximates ``weight``.
+
+    Raises:
+        ValueError: ``weight`` is not two-dimensional floating point, or holds a NaN or infinity.
+
+    Note:
+        ``scale = max(absmax / 127, 2**-126)``, ``q = round_half_to_even(weight * (1 / scale))``, in
+        float32. A row of zeros gives zeros.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> tw.ops.quantize_weight(torch.tensor([[1.0, -0.5]]))[0].tolist()
+        [[127, -64]]
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            "quantize_weight: weight: expected floating point [out_features, in_features], got "
+            f"{weight.dtype} {list(weight.shape)}"
+        )
+    weight = weight.detach().to(torch.float32)
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            "quantize_weight: weight: expected finite values in float32, got NaN or infinity"
+        )
+    # A column of zeros gives absmax a defined value when there are no input features.
+    absmax = F.pad(weight.abs(), (0, 1)).amax(1)
+    scale = (absmax / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    qweight = (weight * (1 / scale)[:, None]).round().to(torch.int8)
+    return qweight, scale
+
+
+def pack_weight(qweight: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay an int8 weight out for the kernels.
+
+    Args:
+        qweight: int8 ``[out_features, in_features]`` within [-127, 127].
+
+    Returns:
+        ``packed_weight``, int8 ``[ceil(out_features / 16), ceil(in_features / 4), 16, 4]``, zero
+        padded; and ``weight_sum``, int32 ``[ceil(out_features / 16) * 16]``, the sum of each row of
+        ``qweight``. The layout is the same for every instruction set.
+
+    Raises:
+        ValueError: ``qweight`` is not two-dimensional int8, has more than 133144 columns, or holds
+            -128, which the exact integer arithmetic of AVX2 leaves no room for.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> packed, weight_sum = tw.ops.pack_weight(torch.ones(10, 30, dtype=torch.int8))
+        >>> packed.shape, weight_sum[0].item()
+        (torch.Size([1, 8, 16, 4]), 30)
+    """
+    problem = invalid_qweight(qweight)
+    if problem:
+        raise ValueError(f"pack_weight: qweight: {problem}")
+    n, k = qweight.shape
+    padded = F.pad(qweight, (0, -k % QUAD, 0, -n % PANEL))
+    panels, quads = padded.shape[0] // PANEL, padded.shape[1] // QUAD
+    packed = padded.view(panels, PANEL, quads, QUAD).transpose(1, 2).contiguous()
+    return packed, padded.sum(1, dtype=torch.int32)
+
+
+def unpack_weight(packed_weight: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Return the int8 ``[out_features, in_features]`` weight :func:`pack_weight` was given.
+
+    Args:
+        packed_weight: int8 ``[ceil(out_features / 16), ceil(in_features / 4), 16, 4]``.
+        out_features: number of output features.
+        in_features: number of input features.
+
+    Returns:
+        A new contiguous tensor.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> qweight = torch.ones(10, 30, dtype=torch.int8)
+        >>> torch.equal(tw.ops.unpack_weight(tw.ops.pack_weight(qweight)[0], 10, 30), qweight)
+        True
+    """
+    panels, quads = packed_weight.shape[:2]
+    padded = packed_weight.transpose(1, 2).reshape(panels * PANEL, quads * QUAD)
+    return padded[:out_features, :in_features].clone(memory_format=torch.contiguous_format)
+
+
+def invalid_qweight(qweight: Tensor) -> str | None:
+    """Say why a tensor cannot be an int8 weight ("expected ..., got ..."), or None if it can."""
+    if qweight.dtype != torch.int8 or qweight.dim() != 2:
+        return (
+            f"expected int8 [out_features, in_features], got {qweight.dtype} {list(qweight.shape)}"
+        )
+    if qweight.shape[1] > MAX_IN_FEATURES:
+        return f"expected at most {MAX_IN_FEATURES} input features, got {qweight.shape[1]}"
+    if bool((qweight == -128).any()):
+        return "expected values within [-127, 127], got -128"
+    return None
