@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torchweld.convert import _match, _rules, _welded
-from torchweld.convert._trace import Traced, UntraceableError, trace
+from torchweld.convert._trace import Traced, trace
+from torchweld.convert._values import stock_class
+from torchweld.convert._watch import UntraceableError
 from torchweld.nn import ConvReLU2d
 from torchweld.report import Report, Row, record
 
@@ -51,7 +53,8 @@ def weld(
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: a copy of the model would not share its parameters (TorchScript modules).
+        ValueError: a copy of the model would not share its parameters (TorchScript modules), or
+            ``inference=True`` and a module is lazy.
         RuntimeError: the outputs on ``example_inputs`` differ.
         NotImplementedError: ``memory_saving=True``.
 
@@ -76,7 +79,12 @@ def weld(
     _check_module("weld", model)
     if memory_saving:
         raise NotImplementedError("torchweld.weld: memory_saving=True is not available yet")
-    welded = copy.deepcopy(model) if inference else _copy(model)
+    if inference and any(map(nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
+        raise ValueError(
+            "torchweld.weld: inference=True needs values to fold, and a lazy module has none yet; "
+            "run the model once first"
+        )
+    welded = copy.deepcopy(model, _kept(model)) if inference else _copy(model)
     for module in welded.modules():
         if _welded.is_welded(module) and not _welded.is_snapshot(module):
             _welded.uninstall(module)
@@ -134,7 +142,7 @@ def _check_module(function: str, model: object) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()]
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    copied = copy.deepcopy(model, _kept(model) | {id(tensor): tensor for tensor in tensors})
     if any(
         ours is not theirs
         for ours, theirs in zip([*copied.parameters(), *copied.buffers()], tensors, strict=True)
@@ -144,6 +152,12 @@ def _copy(model: nn.Module) -> nn.Module:
             "TorchScript? Convert before torch.jit"
         )
     return copied
+
+
+def _kept(model: nn.Module) -> dict[int, Any]:
+    """What deepcopy refuses to copy: results left on modules, as weight_norm's hook leaves one."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return {id(v): v for v in values if isinstance(v, Tensor) and not v.is_leaf}
 
 
 @dataclass
@@ -190,7 +204,7 @@ def _owners(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[_Owner]:
         if not _may_own(module):
             continue
         owner = _Owner(path, module, [])
-        forward = _welded.stock_class(module).forward
+        forward = stock_class(module).forward
         for training in modes:
             if "forward" in module.__dict__:
                 owner.failure = "its forward was replaced"

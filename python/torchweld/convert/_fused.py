@@ -42,14 +42,13 @@ def folded(
     residual: Tensor | None,
 ) -> Tensor:
     """Run a pattern of an inference snapshot, where ``conv`` holds the folded tensors."""
-    both_sides = conv.both_sides
+    both_sides, where = conv.both_sides, [conv.both_sides[2], conv.both_sides[0]]
+    padded, padding = _pad(input, where, both_sides, conv.padding_mode)
     if input.device.type not in _DEVICES:
-        padded = F.pad(input, both_sides)
         output = F.conv2d(
-            padded, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups
+            padded, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
         )
     elif residual is None or _fits(residual, input, conv, both_sides):
-        padded, padding = _pad(input, [both_sides[2], both_sides[0]], both_sides, "zeros")
         fused_output: Tensor = torch.ops.torchweld.conv_relu(
             padded, conv.weight, conv.bias, residual, conv.stride, padding, conv.dilation,
             conv.groups, activation, negative_slope,

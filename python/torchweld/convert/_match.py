@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from torchweld.convert import _fused, _rules
+from torchweld.convert import _fused, _inplace, _rules
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ADDS = (operator.add, _inplace.iadd, torch.add, "add", "add_")
 
 
 def _other_addend(node: fx.Node, addend: fx.Node) -> fx.Node | None:
@@ -148,7 +148,7 @@ def _other_addend(node: fx.Node, addend: fx.Node) -> fx.Node | None:
         return None
     left, right = node.args
     # x += out changes x itself, which others may still read.
-    in_place = node.target in (operator.iadd, "add_")
+    in_place = node.target in (_inplace.iadd, "add_")
     if left is addend and isinstance(right, fx.Node) and right is not addend:
         return right
     if right is addend and isinstance(left, fx.Node) and not in_place:
@@ -209,18 +209,8 @@ def _is_pure(owner: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_method":
         return not str(node.target).endswith("_")
     if node.op == "call_function":
-        module, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "_")
-        known = node.target is getattr or (module or "torch").split(".")[0] in (
-            "torch", "_operator", "math",
-        )  # fmt: skip
-        in_place = name.endswith("_") or name == "setitem" or name in _IN_PLACE_OPERATORS
-        return (
-            known and not in_place and not node.kwargs.get("inplace") and "out" not in node.kwargs
-        )
+        home = (getattr(node.target, "__module__", None) or "torch").split(".")[0]
+        name = getattr(node.target, "__name__", "_")
+        changes = name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        return home in ("torch", "_operator", "builtins", "math") and not changes
     return True
-
-
-_IN_PLACE_OPERATORS = {
-    name for name in dir(operator)
-    if name[0] == "i" and name[1:] in dir(operator) and name[1:] != "s"
-} | {"iand", "ior", "delitem"}  # fmt: skip

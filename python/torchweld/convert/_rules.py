@@ -86,8 +86,6 @@ def reason_against(conv: nn.Module, bn: nn.Module) -> str:
             return f"the forward of this {kind.__name__} was replaced"
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(bn, nn.BatchNorm2d)
-    if conv.padding_mode != "zeros":
-        return f"padding_mode is {conv.padding_mode!r}"
     if conv.out_channels != bn.num_features:
         return f"{conv.out_channels} channels meet a batch normalization of {bn.num_features}"
     return ""

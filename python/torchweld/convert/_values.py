@@ -24,11 +24,19 @@ class TENSOR:
     """Stands for a tensor in a call's arguments."""
 
 
+STOCK = "_torchweld_stock"  # where a welded class keeps the class it was made from
+
 _CONSTANT = (
     bool, int, float, complex, str, bytes, type(None), type(...), slice, range,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _UNCHANGING = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, enum.Enum)
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before it was welded."""
+    kind: type[nn.Module] = getattr(type(module), STOCK, type(module))
+    return kind
 
 
 def fingerprint(value: Any) -> object:
@@ -38,7 +46,7 @@ def fingerprint(value: Any) -> object:
         UnwatchableError: the value may change inside without comparing different.
     """
     if isinstance(value, nn.Module):
-        return type(value)
+        return stock_class(value)
     if isinstance(value, torch.Tensor):
         return TENSOR, tuple(value.shape), value.dtype
     if isinstance(value, _UNCHANGING):

@@ -14,10 +14,19 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from torchweld.convert import _match, _rules
-from torchweld.convert._trace import Read, Traced, UntraceableError, trace
-from torchweld.convert._values import MISSING, TENSOR, UnwatchableError, fingerprint, flatten
+from torchweld.convert._trace import Traced, trace
+from torchweld.convert._values import (
+    MISSING,
+    STOCK,
+    TENSOR,
+    UnwatchableError,
+    fingerprint,
+    flatten,
+    stock_class,
+)
+from torchweld.convert._watch import Read, UntraceableError
 
-_STATE, _STOCK = "_torchweld", "_torchweld_stock"
+_STATE = "_torchweld"
 _MOST_PLANS = 8
 
 Forward = Callable[..., Any]
@@ -100,7 +109,7 @@ class Weld:
 
 def install(owner: nn.Module, weld: Weld, snapshot: bool = False) -> None:
     """Give a module the welded form of its class; a snapshot cannot go back to training."""
-    owner.__class__ = _welded_class(stock_class(owner), snapshot)
+    owner.__class__ = _welded_class(stock_class(owner), snapshot)  # type: ignore[arg-type]
     owner.__dict__[_STATE] = weld
 
 
@@ -110,15 +119,9 @@ def uninstall(owner: nn.Module) -> None:
     owner.__dict__.pop(_STATE, None)
 
 
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class a module had before it was welded."""
-    kind: type[nn.Module] = type(module).__dict__.get(_STOCK, type(module))
-    return kind
-
-
 def is_welded(module: nn.Module) -> bool:
     """Whether a module owns fused patterns."""
-    return _STOCK in type(module).__dict__
+    return STOCK in type(module).__dict__
 
 
 def is_snapshot(module: nn.Module) -> bool:
@@ -202,7 +205,7 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
         return plan.run(self, *leaves)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        reduced = stock.__reduce_ex__(self, protocol)
+        reduced: Any = stock.__reduce_ex__(self, protocol)
         function, arguments, *rest = reduced
         if arguments and arguments[0] is type(self):
             return _rebuild, (function, stock, snapshot, *arguments[1:]), *rest
@@ -222,21 +225,23 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
             )
         return stock.train(self, mode)
 
-    members = {
+    members: dict[str, Any] = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
         "__reduce_ex__": reduce_ex,
         "__setstate__": setstate,
         "forward": forward,
-        _STOCK: stock,
+        STOCK: stock,
     }
     if snapshot:
         members["train"] = train
-    return type(stock)(stock.__name__, (stock,), members)
+    meta: Any = type(stock)
+    kind: type[nn.Module] = meta(stock.__name__, (stock,), members)
+    return kind
 
 
 def _rebuild(
     function: Callable[..., Any], stock: type[nn.Module], snapshot: bool, *rest: Any
 ) -> Any:
-    return function(_welded_class(stock, snapshot), *rest)
+    return function(_welded_class(stock, snapshot), *rest)  # type: ignore[arg-type]
