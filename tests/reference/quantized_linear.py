@@ -69,5 +69,6 @@ def straight_through(
 
 def sqnr(actual: Tensor, expected: Tensor) -> float:
     """Signal to quantization noise in dB."""
-    noise = (actual.double() - expected.double()).norm()
-    return float(20 * torch.log10(expected.double().norm() / noise))
+    signal = expected.detach().double()
+    noise = actual.detach().double() - signal
+    return float(20 * torch.log10(signal.norm() / noise.norm()))
