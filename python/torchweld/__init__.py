@@ -4,6 +4,8 @@ from torchweld import _dispatch as _dispatch
 from torchweld import nn, ops, optim
 from torchweld._C import __version__
 from torchweld._library import cmake_prefix_path
+from torchweld.convert import unweld, weld
+from torchweld.export import export
 from torchweld.info import info
 from torchweld.quantization import Int4, Int8, Int8WeightOnly, quantize
 from torchweld.report import Report, report
@@ -15,10 +17,13 @@ __all__ = [
     "Report",
     "__version__",
     "cmake_prefix_path",
+    "export",
     "info",
     "nn",
     "ops",
     "optim",
     "quantize",
     "report",
+    "unweld",
+    "weld",
 ]

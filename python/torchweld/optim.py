@@ -83,6 +83,7 @@ class AdamW(torch.optim.AdamW):
         stored; the norm is accumulated in float64. The results are the same bits for any number
         of threads and on every instruction set; without clipping they are, on x86, those of
         ``torch.optim.AdamW(fused=True)``. ``torch.amp.GradScaler`` unscales the gradients itself.
+        :func:`torch.compile` breaks the graph at :meth:`step` and runs it as it is.
 
     Reference:
         I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019,
@@ -188,6 +189,9 @@ class AdamW(torch.optim.AdamW):
                 if moment is not None and moment.shape == param.shape:
                     values[name] = _with_strides_of(param, moment)
 
+    # One operator is all there is to compile, and dynamo's model of an optimizer loses what a step
+    # does to attributes; so torch.compile runs the step as it stands.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step.
@@ -222,6 +226,7 @@ class AdamW(torch.optim.AdamW):
 
     def _clip(self, grads: list[Tensor]) -> Tensor | None:
         if self.max_grad_norm is None:
+            self.grad_norm = None
             return None
         self.grad_norm = ops.grad_norm(grads)
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)

@@ -60,10 +60,13 @@ def quantize(
     - subclasses of ``nn.Linear``, the one in ``nn.MultiheadAttention`` and parametrized or
       weight-normed layers among them: they may compute something else;
     - layers with hooks or a replaced ``forward``;
-    - layers whose weight is also used elsewhere: a tied weight would come apart;
+    - layers whose weight or bias is also another module's: what was tied would come apart;
     - the layers of ``nn.TransformerEncoderLayer``, whose forward reads their float weight;
     - weights that are not finite, not float32, bfloat16 or float16, not on the CPU, or that have
       more than 133144 input features.
+
+    A module whose ``forward`` reads the weight of a layer instead of calling the layer needs that
+    layer excluded: the copy has no float weight there.
 
     Args:
         model: any module, or a single ``nn.Linear``.
@@ -200,17 +203,20 @@ def _obstacle(
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.TransformerEncoderLayer):
             return "nn.TransformerEncoderLayer reads its weight"
+    tensors = {"weight": linear.weight, "bias": linear.bias}
+    for kind, tensor in tensors.items():
+        own = f"{names[0]}.{kind}".lstrip(".")
+        others = [user for user in users.get(id(tensor), []) if user != own]
+        if others:
+            return f"{kind} is shared with {', '.join(others)}"
     weight = linear.weight
-    if len(users.get(id(weight), [])) > 1:
-        others = [user for user in users[id(weight)] if user != f"{names[0]}.weight"]
-        return f"weight is shared with {', '.join(others)}"
     if weight.device.type != "cpu":
         return f"weight is on {weight.device}; int8 runs on the CPU so far"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"weight is {weight.dtype}"
     if linear.in_features > MAX_IN_FEATURES:
         return f"more than {MAX_IN_FEATURES} input features"
-    for name, tensor in (("weight", weight), ("bias", linear.bias)):
+    for kind, tensor in tensors.items():
         if tensor is not None and not bool(tensor.isfinite().all()):
-            return f"{name} holds a NaN or an infinity"
+            return f"{kind} holds a NaN or an infinity"
     return None

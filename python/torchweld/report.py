@@ -72,10 +72,17 @@ class Report:
         )
 
 
-def record(model: nn.Module, report: Report) -> None:
-    """Append a conversion's report to the model it returns."""
+def record(model: nn.Module, report: Report, *, replacing: str | None = None) -> None:
+    """Append a conversion's report to the model it returns.
+
+    Args:
+        model: the converted model.
+        report: what the conversion did.
+        replacing: drop the rows that an earlier conversion of this name left.
+    """
+    earlier = [row for row in model.__dict__.get(_ATTRIBUTE, ()) if row.conversion != replacing]
     # Past nn.Module.__setattr__: a plain attribute, in no state_dict, kept by deepcopy and pickle.
-    model.__dict__[_ATTRIBUTE] = model.__dict__.get(_ATTRIBUTE, Report()) + report
+    model.__dict__[_ATTRIBUTE] = Report(earlier) + report
 
 
 def report(model: nn.Module) -> Report:

@@ -1,8 +1,6 @@
 #include <cmath>
-#include <cstring>
-#include <memory>
-#include <random>
 
+#include "buffer.h"
 #include "check.h"
 
 using namespace torchweld::kernels;
@@ -11,43 +9,13 @@ namespace {
 
 constexpr int64_t kSizes[] = {0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 100, 257};
 
-// A buffer of exactly `size` elements, at an address of no particular alignment.
-struct Buffer {
-  Buffer(int64_t size, unsigned seed, DType dtype)
-      : bytes(size * size_of(dtype)), data(new char[bytes]) {
-    std::mt19937 random(seed);
-    std::uniform_real_distribution<double> uniform(0.01, 1.0);
-    for (int64_t i = 0; i < size; ++i) {
-      const double value = uniform(random);
-      const float narrow = static_cast<float>(value);
-      uint32_t bits;
-      std::memcpy(&bits, &narrow, 4);
-      // Bit patterns of positive numbers below 1 in each 16-bit format.
-      const uint16_t half = dtype == DType::bfloat16 ? bits >> 16 : 0x2000 + (bits >> 13) % 0x1000;
-      char* to = data.get() + i * size_of(dtype);
-      if (dtype == DType::float64) {
-        std::memcpy(to, &value, 8);
-      } else if (dtype == DType::float32) {
-        std::memcpy(to, &narrow, 4);
-      } else {
-        std::memcpy(to, &half, 2);
-      }
-    }
-  }
-  bool operator==(const Buffer& other) const {
-    return bytes == other.bytes && std::memcmp(data.get(), other.data.get(), bytes) == 0;
-  }
-  size_t bytes;
-  std::unique_ptr<char[]> data;
-};
-
 struct State {
   State(int64_t size, DType dtype)
-      : p(size, 1, dtype),
-        g(size, 2, dtype),
-        m(size, 3, dtype),
-        v(size, 4, dtype),
-        x(size, 5, dtype) {}
+      : p(size, dtype, 1),
+        g(size, dtype, 2),
+        m(size, dtype, 3),
+        v(size, dtype, 4),
+        x(size, dtype, 5) {}
   Buffer p, g, m, v, x;
 };
 
@@ -87,7 +55,7 @@ void check_step(int64_t size, DType dtype, bool amsgrad) {
 }
 
 void check_sum_of_squares(int64_t size, DType dtype) {
-  const Buffer x(size, 7, dtype);
+  const Buffer x(size, dtype, 7);
   const auto sum = [&](Capability capability) {
     return table(capability).adamw->sum_of_squares[static_cast<size_t>(dtype)](x.data.get(), size);
   };

@@ -15,7 +15,7 @@ namespace {
 // Each instruction set defines: the largest tile; how a quantized byte is stored (xor kFlip); and
 // tile<R, P>, which writes the sums of R rows times P panels to c, [R][P * 16].
 
-inline int32_t load_quad(const int8_t* p) {
+[[maybe_unused]] inline int32_t load_quad(const int8_t* p) {
   int32_t quad;
   memcpy(&quad, p, sizeof quad);
   return quad;
@@ -67,7 +67,7 @@ __attribute__((noinline)) void tile(const TileArgs& t) {
   }
   for (; k < t.quads; ++k) step(k, acc[0]);
   UNROLL for (int p = 0; p < P; ++p) {
-    VecI32 sums;
+    VecU32 sums;  // unsigned: 128 times a sum may wrap
     memcpy(&sums, t.weight_sum + p * kPanelColumns, sizeof sums);
     const __m512i offset = (__m512i)(sums * 128);
     UNROLL for (int r = 0; r < R; ++r) {
@@ -331,7 +331,7 @@ int32_t largest_bits(const T* x, int64_t size) {
 inline void store_quantized(int8_t* p, VecF x, VecF inverse) {
   // 1.5 * 2^23 rounds half to even, and its own low byte is zero: what is left there is q.
   const VecF rounded = x * inverse + 12582912.0f;
-  const VecI8 q = __builtin_convertvector((VecI32)rounded, VecI8) ^ kFlip;
+  const VecI8 q = low_bytes((VecI32)rounded) ^ kFlip;
   memcpy(p, &q, sizeof q);
 }
 
@@ -383,7 +383,7 @@ void dequantize(const DequantizePanels& block) {
       for (int64_t i = 0; i < size; i += kLanesF) {
         VecI8 q;
         memcpy(&q, chunk + i, sizeof q);
-        const VecF value = __builtin_convertvector(q, VecF) * scale;
+        const VecF value = __builtin_convertvector(widen(q), VecF) * scale;
         if (size - i >= kLanesF) {
           store(row + k + i, value);
         } else {

@@ -90,6 +90,33 @@ inline VecD sqrt(VecD a) {
 }
 #endif
 
+// --- bytes ---------------------------------------------------------------------------------------
+// GCC 12 takes __builtin_convertvector between bytes and words apart lane by lane.
+#if defined(__AVX512F__)
+inline VecI8 low_bytes(VecI32 a) { return (VecI8)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)a); }
+inline VecI32 widen(VecI8 a) { return (VecI32)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)a); }
+#elif defined(__AVX2__)
+inline VecI8 low_bytes(VecI32 a) {
+  const __m256i first =
+      _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
+                       -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)a, first);
+  const __m128i joined =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  VecI8 result;
+  memcpy(&result, &joined, sizeof result);
+  return result;
+}
+inline VecI32 widen(VecI8 a) {
+  __m128i bytes = _mm_setzero_si128();
+  memcpy(&bytes, &a, sizeof a);
+  return (VecI32)_mm256_cvtepi8_epi32(bytes);
+}
+#else
+inline VecI8 low_bytes(VecI32 a) { return __builtin_convertvector(a, VecI8); }
+inline VecI32 widen(VecI8 a) { return __builtin_convertvector(a, VecI32); }
+#endif
+
 // --- 16-bit floats -------------------------------------------------------------------------------
 // GCC takes __builtin_convertvector apart into halves; each of these is one or two instructions.
 #if defined(__AVX512F__)

@@ -118,7 +118,7 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
   int64_t units = 0;
   double last_step = 0;
   for (size_t k = 0; k < params.size(); ++k) {
-    const double step = *state_steps[k].mutable_data_ptr<float>() += 1;
+    const double step = *state_steps[k].const_data_ptr<float>() + 1;
     // Nearly always one and the same step for all.
     if (scalars.empty() || step != last_step) {
       scalars.push_back({.decay = 1 - lr * weight_decay,
@@ -146,6 +146,7 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
   }
   run(jobs, scalars, units);
   for (Aligned& own : aligned) own.write_back();
+  for (const Tensor& step : state_steps) *step.mutable_data_ptr<float>() += 1;
 }
 
 Tensor grad_norm(TensorList grads) {

@@ -92,7 +92,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x = _ops.quantized_linear(
             input, packed_weight, weight_scale, weight_sum, bias, ctx.in_features, "identity"
         )
-        if ctx.activation == "silu":
+        if ctx.activation == "silu" and torch.is_grad_enabled():
+            sigmoid = torch.sigmoid(x)  # aten.silu_backward has no derivative of its own
+            grad = grad * (sigmoid * (1 + x * (1 - sigmoid)))
+        elif ctx.activation == "silu":
             grad = torch.ops.aten.silu_backward(grad, x)
         else:
             approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"

@@ -1,4 +1,4 @@
-"""Neural network modules."""
+"""Modules that stand in for stock ones."""
 
 from torchweld.nn import functional
 from torchweld.nn.conv_bn_relu import ConvBNReLU2d, ConvReLU2d

@@ -151,8 +151,8 @@ class QuantizedLinear(nn.Module):
         dtype = torch.float32 if self.bias is None else self.bias.dtype
         device = self.weight_scale.device
         has_bias = self.bias is not None
-        linear = nn.Linear(
-            self.in_features, self.out_features, has_bias, device=device, dtype=dtype
+        linear: nn.Linear = nn.utils.skip_init(
+            nn.Linear, self.in_features, self.out_features, has_bias, device=device, dtype=dtype
         )
         with torch.no_grad():
             linear.weight.copy_(self.qweight() * self.weight_scale[:, None])
@@ -164,7 +164,6 @@ class QuantizedLinear(nn.Module):
             return linear
         return nn.Sequential(linear, _ACTIVATION_MODULES[self.activation]()).train(self.training)
 
-    @torch.jit.unused
     def qweight(self) -> Tensor:
         """Return the weight as int8 ``[out_features, in_features]``, a copy."""
         return unpack_weight(self.packed_weight, self.out_features, self.in_features)

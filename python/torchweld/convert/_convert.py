@@ -1,0 +1,315 @@
+"""``weld`` and ``unweld``: which modules of a model get fused patterns."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from torchweld.convert import _match, _rules, _welded
+from torchweld.convert._trace import Traced, trace
+from torchweld.convert._values import stock_class
+from torchweld.convert._watch import UntraceableError
+from torchweld.nn import ConvReLU2d
+from torchweld.report import Report, Row, record
+
+_CONVERSION = "conv_bn_relu"
+
+
+def weld(
+    model: nn.Module,
+    *,
+    example_inputs: Tensor | Sequence[Any] | None = None,
+    inference: bool = False,
+    memory_saving: bool = False,
+) -> nn.Module:
+    """Fuse every convolution, batch normalization, addition and activation that belong together.
+
+    Only the smallest module that owns such a pattern gets a new forward. Its class keeps its name
+    and stays a subclass of the stock one; conv, bn and activation stay registered where they are,
+    so state_dict keys, parameter order, attributes and everything above are as before.
+    A forward that torch.fx cannot trace, or a pattern that fusing would change (see
+    :func:`torchweld.report`), is left alone.
+
+    Args:
+        model: the model; it is not changed.
+        example_inputs: a batch, or the positional arguments of a call. If given, the welded model
+            must give the outputs of the stock one on them, in evaluation mode.
+        inference: fold the batch normalizations into the convolutions. The result is a snapshot in
+            evaluation mode with tensors of its own, none of which requires a gradient; ``train()``
+            raises.
+        memory_saving: not available yet.
+
+    Returns:
+        A copy of the model which shares its parameters and buffers: train either, or load a
+        state_dict into either, and both change. ``train()`` and ``eval()`` act on each alone.
+        With ``inference=True`` nothing is shared.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: a copy of the model would not share its parameters (TorchScript modules), or
+            ``inference=True`` and a module is lazy.
+        RuntimeError: the outputs on ``example_inputs`` differ.
+        NotImplementedError: ``memory_saving=True``.
+
+    Note:
+        A forward is traced with torch.fx, in training and in evaluation. What it reads from its
+        module, such as ``self.training`` or a list of layers, is compared again before every
+        call, and a call that no trace fits is traced anew or runs the stock forward. A hook
+        registered on a fused module later gets its module to run by itself again.
+        ``torch.jit.trace``, ``torch.compile`` and ``torch.export`` take a welded model;
+        ``torch.jit.script`` does not.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> welded = tw.weld(model)
+        >>> [row.detail for row in tw.report(welded)]
+        ['conv-bn-relu']
+        >>> welded[0].weight is model[0].weight
+        True
+    """
+    _check_module("weld", model)
+    if memory_saving:
+        raise NotImplementedError("torchweld.weld: memory_saving=True is not available yet")
+    if inference and any(map(nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
+        raise ValueError(
+            "torchweld.weld: inference=True needs values to fold, and a lazy module has none yet; "
+            "run the model once first"
+        )
+    welded = copy.deepcopy(model, _kept(model)) if inference else _copy(model)
+    for module in welded.modules():
+        if _welded.is_welded(module) and not _welded.is_snapshot(module):
+            _welded.uninstall(module)
+    if inference:
+        welded.eval().requires_grad_(False)
+    rows = [*_weld_all(welded, inference)]
+    record(welded, Report(rows), replacing=_CONVERSION)
+    if inference and not _welded.is_snapshot(welded):
+        _welded.install(welded, _welded.Weld(frozenset()), snapshot=True)
+    if example_inputs is not None:
+        _check_outputs(model, welded, example_inputs)
+    return welded
+
+
+def unweld(model: nn.Module) -> nn.Module:
+    """Return a model with the stock forwards again.
+
+    Args:
+        model: a model from :func:`weld`; it is not changed.
+
+    Returns:
+        A copy of stock classes only, which shares the model's parameters and buffers.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: the model is an inference snapshot, whose batch normalizations are gone.
+
+    Example:
+        >>> import torchweld as tw
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> type(tw.unweld(tw.weld(model))) is nn.Sequential
+        True
+    """
+    _check_module("unweld", model)
+    if any(map(_welded.is_snapshot, model.modules())):
+        raise ValueError(
+            "torchweld.unweld: the model was welded with inference=True, which folds the batch "
+            "normalizations away; keep the model it was made from"
+        )
+    stock = _copy(model)
+    for module in stock.modules():
+        if _welded.is_welded(module):
+            _welded.uninstall(module)
+    record(stock, Report(), replacing=_CONVERSION)
+    return stock
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"torchweld.{function}: expected model to be an nn.Module, got {type(model).__name__}"
+        )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    tensors = [*model.parameters(), *model.buffers()]
+    copied = copy.deepcopy(model, _kept(model) | {id(tensor): tensor for tensor in tensors})
+    if any(
+        ours is not theirs
+        for ours, theirs in zip([*copied.parameters(), *copied.buffers()], tensors, strict=True)
+    ):
+        raise ValueError(
+            "torchweld: a copy of the model does not share its parameters; is a part of it "
+            "TorchScript? Convert before torch.jit"
+        )
+    return copied
+
+
+def _kept(model: nn.Module) -> dict[int, Any]:
+    """What deepcopy refuses to copy: results left on modules, as weight_norm's hook leaves one."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    return {id(v): v for v in values if isinstance(v, Tensor) and not v.is_leaf}
+
+
+@dataclass
+class _Owner:
+    """A module whose forward may own patterns, and what its graphs show."""
+
+    path: str
+    module: nn.Module
+    traced: list[Traced]
+    failure: str = ""
+
+    def qualified(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+
+def _weld_all(model: nn.Module, inference: bool) -> Iterator[Row]:
+    """Weld a model in place and yield a row for every pattern."""
+    owners = [*_owners(model, (False,) if inference else (True, False))]
+    once = _used_once(model, owners)
+    for owner in owners:
+        if owner.failure and not owner.traced:
+            if _has_direct_pair(owner.module):
+                yield Row(owner.path, _CONVERSION, False, owner.failure)
+            continue
+        found: dict[tuple[str, ...], tuple[_match.Unit | None, str]] = {}
+        for traced in owner.traced:
+            for match in _match.find(owner.module, traced.graph):
+                reason = match.reason or _reason_here(owner.module, traced, match, once, inference)
+                key = match.names[:2]
+                if key not in found or found[key][0] is None:
+                    unit = None if reason else match.unit
+                    found[key] = unit, reason or match.unit.detail  # type: ignore[union-attr]
+        units = [unit for unit, _ in found.values() if unit is not None]
+        failure = _install(owner, units, inference)
+        for key, (unit, detail) in found.items():
+            names = key if unit is None or unit.act is None else (*key, unit.act)
+            name = " + ".join(map(owner.qualified, names)) or owner.path
+            converted = unit is not None and not failure
+            yield Row(name, _CONVERSION, converted, detail if unit is None else failure or detail)
+
+
+def _owners(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[_Owner]:
+    for path, module in model.named_modules():
+        if not _may_own(module):
+            continue
+        owner = _Owner(path, module, [])
+        forward = stock_class(module).forward
+        for training in modes:
+            if "forward" in module.__dict__:
+                owner.failure = "its forward was replaced"
+                break
+            try:
+                with _welded.mode(module, training):
+                    spec = _welded.usual_call(forward)
+                    owner.traced.append(trace(module, forward, spec))
+            except UntraceableError as error:
+                owner.failure = owner.failure or f"cannot be traced: {error}"
+        yield owner
+
+
+def _may_own(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule) or _welded.is_welded(module):
+        return False
+    forward = getattr(type(module), "forward", None)
+    stock = (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
+    if stock and forward is not nn.Sequential.forward:
+        return False
+    return any(_rules.is_conv(part) for part in module.modules()) or any(
+        parameter.dim() == 4 for parameter in module.parameters(recurse=False)
+    )
+
+
+def _used_once(model: nn.Module, owners: list[_Owner]) -> set[int]:
+    """Ids of the modules registered in one place and called in one place."""
+    registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
+    called: Counter[int] = Counter()
+    for owner in owners:
+        most: Counter[int] = Counter()
+        for traced in owner.traced:
+            calls = [n.target for n in traced.graph.nodes if n.op == "call_module"]
+            most |= Counter(id(owner.module.get_submodule(str(target))) for target in calls)
+        called += most
+    return {key for key in called if called[key] == 1 and registered[key] == 1}
+
+
+def _reason_here(
+    owner: nn.Module, traced: Traced, match: _match.Found, once: set[int], inference: bool
+) -> str:
+    assert match.unit is not None
+    conv, bn = (owner.get_submodule(path) for path in match.unit.pair)
+    for module in (conv, bn):
+        if id(module) not in once:
+            return f"the {type(module).__name__} is used more than once"
+    if not inference:
+        return ""
+    for node in traced.graph.nodes:
+        path = str(node.target)
+        if node.op == "get_attr" and path.startswith(tuple(f"{p}." for p in match.unit.pair)):
+            return f"its forward reads {path} by itself"
+    return _rules.reason_against_folding(bn)
+
+
+def _has_direct_pair(module: nn.Module) -> bool:
+    children = []
+    for child in module.children():
+        children += (
+            [*child.children()] if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
+        )
+    return any(map(_rules.is_conv, children)) and any(map(_rules.is_batch_norm, children))
+
+
+def _install(owner: _Owner, units: list[_match.Unit], inference: bool) -> str:
+    """Weld one module; return why that failed, or nothing."""
+    if not units:
+        return ""
+    module = owner.module
+    weld = _welded.Weld(frozenset(unit.pair for unit in units))
+    try:
+        _welded.install(module, weld, snapshot=inference)
+    except TypeError as error:
+        return f"its class cannot be subclassed: {error}"
+    if inference:
+        for unit in units:
+            _fold(module, unit)
+    weld.prepare(module)
+    return ""
+
+
+def _fold(owner: nn.Module, unit: _match.Unit) -> None:
+    conv, bn = (owner.get_submodule(path) for path in unit.pair)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(bn, nn.BatchNorm2d)
+    # The activation is the forward's: with "identity" here the stock forward stays right as well.
+    folded = ConvReLU2d.from_float(conv, bn, activation="identity")
+    for path, module in ((unit.conv, folded), (unit.bn, nn.Identity())):
+        parent, _, name = path.rpartition(".")
+        owner.get_submodule(parent)._modules[name] = module.eval()
+
+
+def _check_outputs(model: nn.Module, welded: nn.Module, example_inputs: Any) -> None:
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    with torch.no_grad(), _welded.mode(model, False), _welded.mode(welded, False):
+        expected, got = tree_leaves(model(*inputs)), tree_leaves(welded(*inputs))
+    for ours, theirs in zip(got, expected, strict=True):
+        if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
+            continue
+        # Two orders of the same sums; anything wrong is larger by far.
+        scale = theirs.abs().nan_to_num(0, 0, 0).amax().item() if theirs.numel() else 0.0
+        bound = torch.finfo(theirs.dtype).eps ** 0.5 * max(scale, 1.0)
+        if not torch.allclose(ours, theirs, rtol=0.0, atol=bound, equal_nan=True):
+            error = (ours - theirs).abs().max().item()
+            raise RuntimeError(
+                "torchweld.weld: the welded model's output on example_inputs differs from the "
+                f"model's: expected at most {bound:.3g} apart, got {error:.3g}"
+            )

@@ -1,0 +1,247 @@
+"""The forward of a module that owns fused patterns, and the class that carries it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from torchweld.convert import _match, _rules
+from torchweld.convert._trace import Traced, trace
+from torchweld.convert._values import (
+    MISSING,
+    STOCK,
+    TENSOR,
+    UnwatchableError,
+    fingerprint,
+    flatten,
+    stock_class,
+)
+from torchweld.convert._watch import Read, UntraceableError
+
+_STATE = "_torchweld"
+_MOST_PLANS = 8
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rewritten forward for calls of one form, and what must hold for it to be right.
+
+    Attributes:
+        spec: the form of the call.
+        reads: what the stock forward looked at besides its tensors.
+        units: what is fused.
+        run: the rewritten forward; None where the stock one has to run.
+    """
+
+    spec: object
+    reads: tuple[Read, ...]
+    units: tuple[_match.Unit, ...]
+    run: Forward | None
+
+    def fits(self, owner: nn.Module) -> bool:
+        """Whether the owner still is as this plan found it."""
+        return all(_holds(owner, read) for read in self.reads) and all(
+            _is_ready(owner, unit) for unit in self.units
+        )
+
+
+class Weld:
+    """What a welded module keeps: which pairs may be fused, and the plans made so far."""
+
+    def __init__(self, pairs: frozenset[tuple[str, str]], plans: tuple[Plan, ...] = ()):
+        self.pairs = pairs
+        self.plans = list(plans)
+
+    # A plan names modules and holds none, so a copy of the module can use it.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weld:
+        return Weld(self.pairs, tuple(self.plans))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Weld, (self.pairs,)
+
+    def add(self, owner: nn.Module, spec: object, traced: Traced) -> None:
+        """Make a plan of a traced forward. The graph is rewritten in place."""
+        units = tuple(_match.fuse(owner, traced.graph, self.pairs))
+        code = traced.graph.python_code("self")
+        namespace = dict(code.globals)
+        exec(compile(code.src, f"<torchweld: {type(owner).__name__}.forward>", "exec"), namespace)
+        self.plans.append(Plan(spec, traced.reads, units, namespace["forward"]))
+
+    def prepare(self, owner: nn.Module) -> None:
+        """Make the plans of the usual call, in training and in evaluation."""
+        forward = stock_class(owner).forward
+        spec = usual_call(forward)
+        for training in (True, False):
+            with mode(owner, training), suppress(UntraceableError):
+                if self._known(owner, spec) is None:
+                    self.add(owner, spec, trace(owner, forward, spec))
+
+    def plan_for(self, owner: nn.Module, stock: Forward, spec: object) -> Plan | None:
+        """Return the plan for a call, making it if it is the first of its form."""
+        known = self._known(owner, spec)
+        if known is not None:
+            return known
+        if len(self.plans) >= _MOST_PLANS or torch.compiler.is_compiling():
+            return None
+        try:
+            self.add(owner, spec, trace(owner, stock, spec))
+        except UntraceableError:
+            # Last in the list: a plan that holds under other reads comes first.
+            self.plans.append(Plan(spec, (), (), None))
+        return self.plans[-1]
+
+    def _known(self, owner: nn.Module, spec: object) -> Plan | None:
+        for plan in self.plans:
+            if plan.spec == spec and plan.fits(owner):
+                return plan
+        return None
+
+
+def install(owner: nn.Module, weld: Weld, snapshot: bool = False) -> None:
+    """Give a module the welded form of its class; a snapshot cannot go back to training."""
+    owner.__class__ = _welded_class(stock_class(owner), snapshot)  # type: ignore[arg-type]
+    owner.__dict__[_STATE] = weld
+
+
+def uninstall(owner: nn.Module) -> None:
+    """Give a welded module its stock class back."""
+    owner.__class__ = stock_class(owner)
+    owner.__dict__.pop(_STATE, None)
+
+
+def is_welded(module: nn.Module) -> bool:
+    """Whether a module owns fused patterns."""
+    return STOCK in type(module).__dict__
+
+
+def is_snapshot(module: nn.Module) -> bool:
+    """Whether a module is part of an inference snapshot."""
+    return is_welded(module) and "train" in type(module).__dict__
+
+
+def usual_call(forward: Forward) -> object:
+    """The call to expect of a forward: a tensor for each argument that has no default."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    names = [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
+    count = len(needed) - len(names)
+    return tuple, (tuple, *[TENSOR] * count), (dict, *[(name, TENSOR) for name in names])
+
+
+@contextmanager
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put a whole tree in one mode for a while; past ``train()``, which may do more."""
+    flags = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in flags:
+            part.__dict__["training"] = training
+        yield
+    finally:
+        for part, flag in flags:
+            part.__dict__["training"] = flag
+
+
+def _find(owner: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = owner
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def _holds(owner: nn.Module, read: Read) -> bool:
+    if isinstance(read.holder, dict):
+        # A compiled graph has its own guards on globals.
+        return torch.compiler.is_compiling() or (
+            read.name in read.holder and _is(read.holder[read.name], read.value)
+        )
+    holder = _find(owner, read.holder)
+    return holder is not None and _is(getattr(holder, read.name, MISSING), read.value)
+
+
+def _is(value: object, expected: object) -> bool:
+    try:
+        return fingerprint(value) == expected
+    except UnwatchableError:
+        return False
+
+
+def _is_ready(owner: nn.Module, unit: _match.Unit) -> bool:
+    if not _rules.is_ready(_find(owner, unit.conv), _find(owner, unit.bn)):
+        return False
+    if unit.act is None:
+        return True
+    act = _find(owner, unit.act)
+    same = _rules.activation_of(act) == (unit.activation, unit.negative_slope)
+    return same and not _rules.is_hooked(act)
+
+
+@functools.cache
+def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
+    stock_forward = stock.forward
+
+    @functools.wraps(stock_forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        weld = getattr(self, _STATE, None)
+        # Hooks on every module of the process are to see every module.
+        if weld is None or not weld.pairs or _has_any_global_hook():
+            return stock_forward(self, *args, **kwargs)
+        try:
+            spec, leaves = flatten(args, kwargs)
+        except UnwatchableError:
+            return stock_forward(self, *args, **kwargs)
+        plan = weld.plan_for(self, stock_forward, spec)
+        if plan is None or plan.run is None:
+            return stock_forward(self, *args, **kwargs)
+        return plan.run(self, *leaves)
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        reduced: Any = stock.__reduce_ex__(self, protocol)
+        function, arguments, *rest = reduced
+        if arguments and arguments[0] is type(self):
+            return _rebuild, (function, stock, snapshot, *arguments[1:]), *rest
+        return reduced
+
+    def setstate(self: nn.Module, state: Any) -> None:
+        stock.__setstate__(self, state)
+        weld = self.__dict__.get(_STATE)
+        if weld is not None and not weld.plans:
+            weld.prepare(self)
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        if mode:
+            raise RuntimeError(
+                "torchweld: this model was welded with inference=True and cannot train; "
+                "train the model it was made from"
+            )
+        return stock.train(self, mode)
+
+    members: dict[str, Any] = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "__reduce_ex__": reduce_ex,
+        "__setstate__": setstate,
+        "forward": forward,
+        STOCK: stock,
+    }
+    if snapshot:
+        members["train"] = train
+    meta: Any = type(stock)
+    kind: type[nn.Module] = meta(stock.__name__, (stock,), members)
+    return kind
+
+
+def _rebuild(
+    function: Callable[..., Any], stock: type[nn.Module], snapshot: bool, *rest: Any
+) -> Any:
+    return function(_welded_class(stock, snapshot), *rest)  # type: ignore[arg-type]

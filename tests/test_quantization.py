@@ -1,0 +1,258 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torchweld as tw
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from tests.reference.quantized_linear import sqnr
+
+
+class Digits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.fc1 = nn.Linear(576, 128)
+        self.drop = nn.Dropout(0.3)
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        x = x.view(x.size(0), -1)
+        return self.fc2(self.drop(torch.relu(self.fc1(x))))
+
+
+def detail(model, name):
+    (row,) = [row for row in tw.report(model) if row.name == name]
+    return row.converted, row.detail
+
+
+def images():
+    return torch.randn(6, 1, 14, 14, generator=torch.Generator().manual_seed(0))
+
+
+def test_converts_every_linear_and_leaves_the_original():
+    torch.manual_seed(0)
+    model = Digits().eval()
+    expected = model(images())
+    state = copy.deepcopy(model.state_dict())
+    quantized = tw.quantize(model)
+    assert type(quantized) is Digits
+    assert not quantized.training
+    assert type(quantized.fc1) is type(quantized.fc2) is tw.nn.QuantizedLinear
+    assert sqnr(quantized(images()), expected) > 30
+    assert [(row.name, row.converted) for row in tw.report(quantized)] == [
+        ("fc1", True),
+        ("fc2", True),
+    ]
+
+    assert type(model.fc1) is nn.Linear
+    assert len(tw.report(model)) == 0
+    assert torch.equal(model(images()), expected)
+    # Nothing is shared: training the copy leaves the original alone.
+    pointers = {t.data_ptr() for t in model.state_dict().values()}
+    assert not pointers & {t.data_ptr() for t in quantized.state_dict().values() if t.numel()}
+    quantized.train()(images())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_a_single_linear():
+    linear = nn.Linear(64, 32)
+    quantized = tw.quantize(linear)
+    assert type(quantized) is tw.nn.QuantizedLinear
+    assert len(tw.report(quantized).converted) == 1
+    assert not hasattr(linear, "_torchweld_report")
+
+
+def test_quantized_model_copies_pickles_and_loads():
+    quantized = tw.quantize(Digits().eval())
+    expected = quantized(images())
+    for other in (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+        assert torch.equal(other(images()), expected)
+        assert len(tw.report(other)) == 2
+    other = tw.quantize(Digits().eval())
+    other.load_state_dict(quantized.state_dict())
+    assert torch.equal(other(images()), expected)
+
+
+def test_quantizing_again_changes_nothing():
+    quantized = tw.quantize(Digits().eval())
+    again = tw.quantize(quantized)
+    assert torch.equal(again(images()), quantized(images()))
+    assert len(tw.report(again)) == 2
+
+
+@pytest.mark.parametrize(
+    ("exclude", "converted"),
+    [
+        ("fc1", ["fc2"]),
+        (["fc*"], []),
+        ("", []),
+        (nn.Linear, []),
+        (nn.Conv2d, ["fc1", "fc2"]),
+        (lambda name, module: module.out_features < 16, ["fc1"]),
+        ((lambda name, _: name == "fc1", "fc2"), []),
+    ],
+)
+def test_exclude(exclude, converted):
+    report = tw.report(tw.quantize(Digits(), exclude=exclude))
+    assert [row.name for row in report.converted] == converted
+    assert all("excluded by" in row.detail for row in report.skipped)
+
+
+def test_excluding_a_module_excludes_what_it_holds():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    assert [row.name for row in tw.report(tw.quantize(model, exclude="0")).converted] == ["1"]
+
+
+def test_a_layer_used_twice_is_converted_once():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["c"] = model["a"]
+    model.plain_list = [model["a"]]
+    quantized = tw.quantize(model)
+    assert quantized["a"] is quantized["c"] is quantized.plain_list[0]
+    assert type(quantized["a"]) is tw.nn.QuantizedLinear
+    assert detail(quantized, "a") == (True, "QuantizedLinear, int8 (also c)")
+    assert len(tw.report(quantized)) == 2
+
+
+def test_tied_weights_stay_tied():
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False)})
+    model["head"].weight = model["embed"].weight
+    quantized = tw.quantize(model)
+    assert quantized["head"].weight is quantized["embed"].weight
+    assert detail(quantized, "head") == (False, "weight is shared with embed.weight")
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].bias = model[0].bias
+    quantized = tw.quantize(model)
+    assert quantized[1].bias is quantized[0].bias
+    assert detail(quantized, "0") == (False, "bias is shared with 1.bias")
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def hooked(linear):
+    linear.register_forward_hook(lambda module, args, output: output * 2)
+    return linear
+
+
+def patched(linear):
+    linear.forward = lambda x: x
+    return linear
+
+
+def with_nan(linear):
+    with torch.no_grad():
+        linear.weight[0, 0] = float("nan")
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (lambda: Own(8, 8), "Own is not nn.Linear itself"),
+        (lambda: nn.LazyLinear(8), "LazyLinear is not nn.Linear itself"),
+        (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), "ParametrizedLinear is not"),
+        (lambda: parametrizations.orthogonal(nn.Linear(8, 8)), "ParametrizedLinear is not"),
+        (lambda: hooked(nn.Linear(8, 8)), "has hooks"),
+        (lambda: patched(nn.Linear(8, 8)), "its forward is replaced"),
+        (lambda: nn.Linear(8, 8).double(), "weight is torch.float64"),
+        (lambda: with_nan(nn.Linear(8, 8)), "weight holds a NaN"),
+        (lambda: nn.Linear(8, 8, device="meta"), "weight is on meta"),
+        (lambda: nn.Linear(133145, 1), "more than 133144 input features"),
+    ],
+)
+def test_left_alone_and_reported(layer, reason):
+    model = nn.Sequential(layer(), nn.Linear(8, 8))
+    quantized = tw.quantize(model)
+    assert type(quantized[0]) is type(model[0])
+    converted, text = detail(quantized, "0")
+    assert not converted
+    assert reason in text
+    assert type(quantized[1]) is tw.nn.QuantizedLinear
+
+
+def test_attention_works():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    quantized = tw.quantize(attention)
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(quantized(x, x, x)[0], attention(x, x, x)[0])
+    assert detail(quantized, "out_proj")[1].startswith("NonDynamicallyQuantizableLinear")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_transformers_work(training):
+    x = torch.randn(2, 5, 16)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2
+    ).train(training)
+    quantized = tw.quantize(encoder)
+    assert torch.equal(quantized(x), encoder(x))
+    assert "reads its weight" in detail(quantized, "layers.0.linear1")[1]
+
+    decoder = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True).train(training)
+    quantized = tw.quantize(decoder)
+    assert type(quantized.linear1) is tw.nn.QuantizedLinear
+    assert sqnr(quantized(x, x), decoder(x, x)) > 25
+
+
+def test_a_failed_conversion_leaves_the_model(monkeypatch):
+    model = Digits()
+    before = copy.deepcopy(model.state_dict())
+    from_float = tw.nn.QuantizedLinear.from_float
+
+    def fails_late(linear):
+        if linear is model.fc2:
+            raise MemoryError
+        return from_float(linear)
+
+    monkeypatch.setattr(tw.nn.QuantizedLinear, "from_float", fails_late)
+    with pytest.raises(MemoryError):
+        tw.quantize(model)
+    assert type(model.fc1) is type(model.fc2) is nn.Linear
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def __deepcopy__(self, memo):
+        return Stubborn()
+
+
+def test_a_copy_that_drops_the_layer_is_an_error():
+    with pytest.raises(RuntimeError, match="quantize: fc: its owner's __deepcopy__"):
+        tw.quantize(Stubborn())
+
+
+def test_traced_by_fx():
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    quantized = tw.quantize(model)
+    assert type(quantized.get_submodule("0")) is tw.nn.QuantizedLinear
+    x = torch.randn(3, 8)
+    assert sqnr(quantized(x), model(x)) > 25
+
+
+def test_errors():
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
+        tw.quantize("model")
+    with pytest.raises(TypeError, match=r"config: expected torchweld\.Int8"):
+        tw.quantize(model, "int8")
+    with pytest.raises(NotImplementedError, match=r"Int8WeightOnly.*not implemented yet"):
+        tw.quantize(model, tw.Int8WeightOnly())
+    with pytest.raises(NotImplementedError, match=r"Int4\(group_size=32\) is not implemented yet"):
+        tw.quantize(model, tw.Int4(group_size=32))
+    with pytest.raises(ValueError, match=r"exclude: .*got 'head', which matches none"):
+        tw.quantize(model, exclude=["head"])
+    with pytest.raises(TypeError, match="exclude: expected name patterns"):
+        tw.quantize(model, exclude=[3])
