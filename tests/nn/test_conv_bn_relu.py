@@ -76,6 +76,7 @@ def test_padding_modes(mode):
     assert_same(ours, nn.Sequential(conv, bn, nn.ReLU()), make_input())
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_uneven_same_padding_and_padding_changed_later():
     ours = tw.nn.ConvBNReLU2d(4, 6, (4, 2), padding="same")
     assert_same(ours, copy.deepcopy(ours).to_float(), make_input())
@@ -262,6 +263,7 @@ def test_autocast_leaves_batch_norm_alone():
         assert make().double()(make_input().double()).dtype == torch.float64
 
 
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 @pytest.mark.parametrize("train", [True, False])
 def test_export(train):
     module, x = make().train(train), make_input()
