@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchweld as tw
-from reference.conv_bn_relu import ACTIVATIONS, Problem, fused, stock
-from tolerances import ROUNDOFF
+from tests.reference.conv_bn_relu import ACTIVATIONS, Problem, fused, stock
+from tests.tolerances import ROUNDOFF
 from torchweld import _C
 
 ops = torch.ops.torchweld
