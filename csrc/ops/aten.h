@@ -29,10 +29,11 @@ inline Tensor convolution(const Tensor& input, const Tensor& weight,
 }
 
 // Gradients for input and weight; one that is not asked for is an undefined tensor.
-inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad_output,
-                                                       const Tensor& input, const Tensor& weight,
-                                                       const Convolution& conv, bool input_grad,
-                                                       bool weight_grad) {
+inline std::tuple<Tensor, Tensor> call_convolution_backward(const Tensor& grad_output,
+                                                            const Tensor& input,
+                                                            const Tensor& weight,
+                                                            const Convolution& conv,
+                                                            bool input_grad, bool weight_grad) {
   using torch::stable::detail::from;
   const std::array<bool, 3> output_mask{input_grad, weight_grad, false};
   std::array<StableIValue, 11> stack{
@@ -52,6 +53,28 @@ inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad_output
   using torch::stable::detail::to;
   std::tuple<Tensor, Tensor> result{to<Tensor>(stack[0]), to<Tensor>(stack[1])};
   to<Tensor>(stack[2]);  // takes ownership, so that it is freed
+  return result;
+}
+
+inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad_output,
+                                                       const Tensor& input, const Tensor& weight,
+                                                       const Convolution& conv, bool input_grad,
+                                                       bool weight_grad) {
+  // oneDNN's bfloat16 weight gradient of a dilated convolution is wrong in channels_last memory
+  // (torch 2.13: off by more than its own size), so that one is computed in contiguous memory.
+  const bool dilated = conv.dilation[0] != 1 || conv.dilation[1] != 1;
+  const bool channels_last = !input.is_contiguous() || !weight.is_contiguous();
+  if (!weight_grad || !dilated || !channels_last || input.scalar_type() != ScalarType::BFloat16) {
+    return call_convolution_backward(grad_output, input, weight, conv, input_grad, weight_grad);
+  }
+  using torch::stable::contiguous;
+  const Tensor for_weight = std::get<1>(call_convolution_backward(
+      contiguous(grad_output), contiguous(input), contiguous(weight), conv, false, true));
+  std::tuple<Tensor, Tensor> result;
+  if (input_grad) {
+    result = call_convolution_backward(grad_output, input, weight, conv, true, false);
+  }
+  std::get<1>(result) = contiguous(for_weight, torch::headeronly::MemoryFormat::ChannelsLast);
   return result;
 }
 

@@ -16,28 +16,10 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   // alone: a float64 scalar.
   m.def("grad_norm(Tensor[] grads) -> Tensor");
 
-  // activation(input @ (weight_scale * weight)^T + bias) with every row of input quantized on the
-  // fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the output has its dtype.
-  // K = in_features. packed_weight int8 [ceil(N/16), ceil(K/4), 16, 4] within [-127, 127], zero
-  // padded; weight_scale float32 [N]; weight_sum int32 [ceil(N/16) * 16], the sum over k of every
-  // column of packed_weight; bias floating point [N]. activation: identity, relu, gelu, gelu_tanh or
-  // silu. Same bits on every CPU instruction set, for any number of threads and of rows.
-  m.def(
-      "quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, "
-      "Tensor weight_sum, Tensor? bias, int in_features, str activation=\"identity\") -> Tensor");
-  // The integers inside: int32 sums [..., N] and the float32 scale [...] of every row of input.
-  m.def(
-      "quantized_linear_accumulators(Tensor input, Tensor packed_weight, Tensor weight_scale, "
-      "Tensor weight_sum, int in_features) -> (Tensor, Tensor)");
-  // grad @ (weight_scale * weight), the weight rounded to grad's dtype: [..., N] -> [..., K].
-  m.def(
-      "quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale, "
-      "int in_features) -> Tensor");
-
   // --- conv_bn_relu ------------------------------------------------------------------------------
   // input, weight, bias, residual and outputs of one dtype: float32, float64, bfloat16 or float16;
-  // bn_* and running_* of that dtype, or float32 beside a 16-bit one. Shapes and arguments are those
-  // of torch.conv2d; residual has the output's shape. activation is identity, relu, relu6,
+  // bn_* and running_* of that dtype, or float32 beside a 16-bit one. Shapes and arguments are
+  // those of torch.conv2d; residual has the output's shape. activation is identity, relu, relu6,
   // leaky_relu, silu or hardswish; negative_slope is leaky_relu's. Statistics are float64 [C].
 
   // activation(batch_norm(conv(input)) + residual) with the statistics of this batch. Also returns
@@ -46,7 +28,8 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   m.def(
       "conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, float eps, str "
-      "activation, float negative_slope) -> (Tensor output, Tensor conv_output, Tensor mean, Tensor "
+      "activation, float negative_slope) -> (Tensor output, Tensor conv_output, Tensor mean, "
+      "Tensor "
       "invstd, Tensor var)");
   // Gradients for input, weight, bias, bn_weight, bn_bias and residual; those whose output_mask is
   // false are not computed, and an empty tensor stands in their place. bias gets zeros: batch
@@ -64,7 +47,8 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "(Tensor output, Tensor conv_output)");
   m.def(
       "conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? "
-      "bn_weight, Tensor? bn_bias, Tensor running_mean, Tensor running_var, Tensor? residual, Tensor "
+      "bn_weight, Tensor? bn_bias, Tensor running_mean, Tensor running_var, Tensor? residual, "
+      "Tensor "
       "conv_output, int[] stride, int[] padding, int[] dilation, int groups, float eps, str "
       "activation, float negative_slope, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
@@ -72,8 +56,8 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   m.def(
       "conv_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] "
       "padding, int[] dilation, int groups, str activation, float negative_slope) -> Tensor");
-  // running <- (1 - momentum) * running + momentum * batch, with the unbiased variance. count is the
-  // values per channel; 0 changes nothing.
+  // running <- (1 - momentum) * running + momentum * batch, with the unbiased variance. count is
+  // the values per channel; 0 changes nothing.
   m.def(
       "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor "
       "var, SymInt count, float momentum) -> ()");
@@ -82,18 +66,40 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   m.def("batch_norm_stats(Tensor input) -> (Tensor count, Tensor mean, Tensor m2)");
   // activation(batch_norm(input) + residual) with given statistics.
   m.def(
-      "batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, Tensor? bn_weight, Tensor? bn_bias, "
+      "batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, Tensor? bn_weight, Tensor? "
+      "bn_bias, "
       "Tensor? residual, str activation, float negative_slope) -> Tensor");
   // With g = grad_output * activation': sum of g (the gradient of bn_bias) and of g * xhat (that of
   // bn_weight) over this process's values.
   m.def(
-      "batch_norm_relu_backward_reduce(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, "
+      "batch_norm_relu_backward_reduce(Tensor grad_output, Tensor input, Tensor mean, Tensor "
+      "invstd, "
       "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, str activation, float negative_slope) "
       "-> (Tensor sum_g, Tensor sum_g_xhat)");
   // Gradients for input and residual (empty without one), given both sums and the count of values
   // per channel (float64 [1]) over all processes.
   m.def(
       "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, "
-      "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, Tensor sum_g, Tensor sum_g_xhat, Tensor "
+      "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, Tensor sum_g, Tensor sum_g_xhat, "
+      "Tensor "
       "count, str activation, float negative_slope) -> (Tensor grad_input, Tensor grad_residual)");
+
+  // activation(input @ (weight_scale * weight)^T + bias) with every row of input quantized on the
+  // fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the output has its
+  // dtype. K = in_features. packed_weight int8 [ceil(N/16), ceil(K/4), 16, 4] within [-127, 127],
+  // zero padded; weight_scale float32 [N]; weight_sum int32 [ceil(N/16) * 16], the sum over k of
+  // every column of packed_weight; bias floating point [N]. activation: identity, relu, gelu,
+  // gelu_tanh or silu. Same bits on every CPU instruction set, for any number of threads and of
+  // rows.
+  m.def(
+      "quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor weight_sum, Tensor? bias, int in_features, str activation=\"identity\") -> Tensor");
+  // The integers inside: int32 sums [..., N] and the float32 scale [...] of every row of input.
+  m.def(
+      "quantized_linear_accumulators(Tensor input, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor weight_sum, int in_features) -> (Tensor, Tensor)");
+  // grad @ (weight_scale * weight), the weight rounded to grad's dtype: [..., N] -> [..., K].
+  m.def(
+      "quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale, "
+      "int in_features) -> Tensor");
 }

@@ -2,39 +2,12 @@
 #pragma once
 
 #include "kernels/conv_bn_relu.h"
-#include "kernels/cpu/vec.h"
+#include "kernels/cpu/vec_math.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 
-// e^x within 1 ulp or so: x = n ln 2 + r with |r| <= ln(2) / 2, the Taylor series of e^r up to r^7
-// (its remainder is below 1e-8), and 2^n in two factors so that subnormal results and the way to
-// infinity come out right. NaN stays NaN.
-inline VecF exp(VecF x) {
-  const VecF low = broadcast<VecF>(-104.0f), high = broadcast<VecF>(89.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-  const VecF magic = broadcast<VecF>(12582912.0f);
-  const VecF shifted = fma(x, broadcast<VecF>(1.44269504f), magic);
-  const VecF n = shifted - magic;
-  VecF r = fma(n, broadcast<VecF>(-0.693359375f), x);  // ln 2, the first 10 bits: an exact product
-  r = fma(n, broadcast<VecF>(2.12194440e-4f), r);      // and the rest of it
-  VecF p = broadcast<VecF>(1.0f / 5040);
-  p = fma(p, r, broadcast<VecF>(1.0f / 720));
-  p = fma(p, r, broadcast<VecF>(1.0f / 120));
-  p = fma(p, r, broadcast<VecF>(1.0f / 24));
-  p = fma(p, r, broadcast<VecF>(1.0f / 6));
-  p = fma(p, r, broadcast<VecF>(0.5f));
-  p = fma(p, r, broadcast<VecF>(1.0f));
-  p = fma(p, r, broadcast<VecF>(1.0f));
-  const VecI32 exponent = (VecI32)shifted - (VecI32)magic;
-  const VecI32 half = exponent >> 1;
-  const VecF scale = (VecF)((half + 127) << 23);
-  const VecF rest = (VecF)((exponent - half + 127) << 23);
-  return p * scale * rest;
-}
-
-inline VecD exp(VecD x) {
+// libm: the double path is there for checks, not for speed.
+static inline VecD exp(VecD x) {
   VecD r;
   for (int i = 0; i < kLanesD; ++i) r[i] = __builtin_exp(x[i]);
   return r;

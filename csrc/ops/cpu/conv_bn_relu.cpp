@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
   for (double& v : var) v /= m.count > 0 ? m.count : 1;
   const BatchNorm bn = batch_norm(op, shape[1], m.mean, inverse_std(var, eps), bn_weight, bn_bias,
                                   activation, negative_slope);
-  const Tensor output = torch::stable::empty_like(conv_output);
+  const Tensor output = empty_as(conv_output);
   Normalization(conv_output, bn, residual).forward(output);
   return {output, conv_output, to_tensor(bn.mean), to_tensor(bn.invstd), to_tensor(var)};
 }
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, Opti
                                   bn_bias, activation, negative_slope);
   const NoGradGuard no_grad;
   const Tensor conv_output = dense(aten::convolution(input, weight, bias, conv));
-  const Tensor output = torch::stable::empty_like(conv_output);
+  const Tensor output = empty_as(conv_output);
   Normalization(conv_output, bn, residual).forward(output);
   return {output, conv_output};
 }
@@ -182,9 +182,9 @@ Gradients backward(const char* op, const Tensor& grad_output, const Tensor& inpu
   if (output_mask[4]) {
     grad_bn_bias = to_tensor(sums.g, bn_bias ? bn_bias->scalar_type() : input.scalar_type());
   }
-  if (output_mask[5]) grad_residual = torch::stable::empty_like(conv_output);
+  if (output_mask[5]) grad_residual = empty_as(conv_output);
   if (conv_grad || output_mask[5]) {
-    const Tensor grad_conv = conv_grad ? torch::stable::empty_like(conv_output) : conv_output;
+    const Tensor grad_conv = conv_grad ? empty_as(conv_output) : conv_output;
     const double count = static_cast<double>(shape[0] * shape[2] * shape[3]);
     normalization.apply(grad_y, frozen || !conv_grad ? nullptr : &sums, count,
                         conv_grad ? &grad_conv : nullptr,
@@ -311,7 +311,7 @@ Tensor batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, OptionalTensor 
                                           bn_bias, residual, activation, negative_slope);
   const NoGradGuard no_grad;
   const Tensor x = dense(input);
-  const Tensor output = torch::stable::empty_like(x);
+  const Tensor output = empty_as(x);
   Normalization(x, bn, residual).forward(output);
   return output;
 }
@@ -345,8 +345,8 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor i
   check_doubles(op, "count", count, 1);
   const NoGradGuard no_grad;
   const Tensor x = dense(input);
-  const Tensor grad_input = torch::stable::empty_like(x);
-  const Tensor grad_residual = residual ? torch::stable::empty_like(x) : nothing(x);
+  const Tensor grad_input = empty_as(x);
+  const Tensor grad_residual = residual ? empty_as(x) : nothing(x);
   const Sums sums{read_channels(sum_g, channels), read_channels(sum_g_xhat, channels)};
   Normalization(x, bn, residual)
       .apply(laid_out_as(x, grad_output), &sums, *count.const_data_ptr<double>(), &grad_input,

@@ -20,12 +20,20 @@ void* mutable_at(const Tensor& tensor, const Task& task) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + offset_bytes(tensor, task);
 }
 
+torch::headeronly::MemoryFormat format_of(const Tensor& x) {
+  using torch::headeronly::MemoryFormat;
+  return x.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
+}
+
 }  // namespace
 
 Tensor laid_out_as(const Tensor& x, const Tensor& tensor) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::contiguous(
-      tensor, x.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast);
+  return torch::stable::contiguous(tensor, format_of(x));
+}
+
+Tensor empty_as(const Tensor& x) {
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                              format_of(x));
 }
 
 Moments moments(const Tensor& x) {

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import _cast
 
 _ops = torch.ops.torchweld
 
@@ -13,6 +14,13 @@ _ops = torch.ops.torchweld
 # --- fake kernels: shapes and strides, no data ----------------------------------------------------
 def _channels(x: Tensor, size: int) -> Tensor:
     return x.new_empty(size, dtype=torch.float64)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    contiguous = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(
+        x, memory_format=torch.contiguous_format if contiguous else torch.channels_last
+    )
 
 
 def _convolution(
@@ -25,9 +33,10 @@ def _convolution(
     groups: int,
 ) -> Tensor:
     # ATen's own fake convolution also says which memory format comes out.
-    return torch.ops.aten.convolution(
+    output: Tensor = torch.ops.aten.convolution(
         input, weight, bias, stride, padding, dilation, False, [0, 0], groups
     )
+    return output
 
 
 @torch.library.register_fake("torchweld::conv_bn_relu")
@@ -35,13 +44,13 @@ def _(input, weight, bias, bn_weight, bn_bias, residual, *args):  # type: ignore
     conv_output = _convolution(input, weight, bias, *args[:4])
     channels = weight.shape[0]
     statistics = (_channels(input, channels) for _ in range(3))
-    return (torch.empty_like(conv_output), conv_output, *statistics)
+    return (_empty_like(conv_output), conv_output, *statistics)
 
 
 @torch.library.register_fake("torchweld::conv_bn_relu_frozen")
 def _(input, weight, bias, bn_weight, bn_bias, mean, var, residual, *args):  # type: ignore[no-untyped-def]
     conv_output = _convolution(input, weight, bias, *args[:4])
-    return torch.empty_like(conv_output), conv_output
+    return _empty_like(conv_output), conv_output
 
 
 @torch.library.register_fake("torchweld::conv_relu")
@@ -63,7 +72,7 @@ def _fake_gradients(
     gradients = [input.new_empty(0) for _ in output_mask]
     if output_mask[0] or output_mask[1]:
         of_conv = torch.ops.aten.convolution_backward(
-            torch.empty_like(conv_output), input, weight, None, stride, padding, dilation, False,
+            _empty_like(conv_output), input, weight, None, stride, padding, dilation, False,
             [0, 0], groups, [output_mask[0], output_mask[1], False],
         )  # fmt: skip
         for i in (0, 1):
@@ -73,7 +82,7 @@ def _fake_gradients(
         if output_mask[i]:
             gradients[i] = (input if like is None else like).new_empty(channels)
     if output_mask[5]:
-        gradients[5] = torch.empty_like(conv_output)
+        gradients[5] = _empty_like(conv_output)
     return tuple(gradients)
 
 
@@ -100,7 +109,7 @@ def _(input):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("torchweld::batch_norm_relu")
 def _(input, *args):  # type: ignore[no-untyped-def]
-    return torch.empty_like(input)
+    return _empty_like(input)
 
 
 @torch.library.register_fake("torchweld::batch_norm_relu_backward_reduce")
@@ -110,8 +119,8 @@ def _(grad_output, input, *args):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("torchweld::batch_norm_relu_backward")
 def _(grad_output, input, mean, invstd, weight, bias, residual, *args):  # type: ignore[no-untyped-def]
-    grad_residual = input.new_empty(0) if residual is None else torch.empty_like(input)
-    return torch.empty_like(input), grad_residual
+    grad_residual = input.new_empty(0) if residual is None else _empty_like(input)
+    return _empty_like(input), grad_residual
 
 
 # --- derivatives ----------------------------------------------------------------------------------
@@ -124,7 +133,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Spread the gradients a backward op returned over the forward op's `count` arguments."""
     result: list[Tensor | None] = [None] * count
-    for position, wanted, gradient in zip(positions, mask, gradients):
+    for position, wanted, gradient in zip(positions, mask, gradients, strict=True):
         if wanted:
             result[position] = gradient
     return tuple(result)
@@ -209,15 +218,12 @@ def _register_autocast(op: str, cast: tuple[int, ...], device_type: str) -> None
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     overload = getattr(_ops, op).default
 
-    def lower(x: Tensor | None) -> Tensor | None:
-        # As autocast's own rule: float64 and tensors of other devices stay as they are.
-        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
-            return x
-        return x.to(torch.get_autocast_dtype(device_type)) if x.device.type == device_type else x
-
     def autocast(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return overload(*(lower(a) if i in cast else a for i, a in enumerate(args)))
+            return overload(
+                *(_cast(a, device_type, dtype) if i in cast else a for i, a in enumerate(args))
+            )
 
     _library.impl(op, autocast, key)
 

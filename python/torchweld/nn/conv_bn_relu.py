@@ -111,7 +111,7 @@ class ConvBNReLU2d(nn.Module):
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         """Compute the block; ``residual`` has the output's shape and dtype."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return conv_bn_relu(
                 input, self.conv, self.bn, self.activation, self.negative_slope, residual
             )
@@ -120,9 +120,9 @@ class ConvBNReLU2d(nn.Module):
             input,
             self.conv.weight,
             self.conv.bias,
-            self.conv.stride,
+            list(self.conv.stride),
             self._script_padding(),
-            self.conv.dilation,
+            list(self.conv.dilation),
             self.conv.groups,
             self.conv.padding_mode,
             self.bn.weight,
@@ -245,10 +245,11 @@ class ConvReLU2d(nn.Module):
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         padding = [self.both_sides[2], self.both_sides[0]]
         input, padding = _pad(input, padding, self.both_sides, self.padding_mode)
-        return torch.ops.torchweld.conv_relu(
+        output: Tensor = torch.ops.torchweld.conv_relu(
             input, self.weight, self.bias, residual, self.stride, padding, self.dilation,
             self.groups, self.activation, self.negative_slope,
         )  # fmt: skip
+        return output
 
     def extra_repr(self) -> str:
         """Name what is not in the buffers."""

@@ -66,10 +66,11 @@ def _conv_bn_relu(
     if not training and running_mean is not None and running_var is not None:
         if eps <= 0.0:  # torch's own check: which values it refuses changed between releases
             F.batch_norm(torch.zeros(2, 1), torch.zeros(1), torch.ones(1), eps=eps)
-        return torch.ops.torchweld.conv_bn_relu_frozen(
+        frozen: Tensor = torch.ops.torchweld.conv_bn_relu_frozen(
             input, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual,
             stride, padding, dilation, groups, eps, activation, negative_slope,
         )[0]  # fmt: skip
+        return frozen
     if not training and (running_mean is not None or running_var is not None):
         raise ValueError("expected both of running_mean and running_var or neither, got one")
 
@@ -81,18 +82,19 @@ def _conv_bn_relu(
             factor = 1.0 / float(num_batches_tracked)
     if eps <= 0.0:
         F.batch_norm(torch.zeros(2, 1), None, None, training=True, eps=eps)
-    output, conv_output, mean, invstd, var = torch.ops.torchweld.conv_bn_relu(
+    output, _, mean, _, var = torch.ops.torchweld.conv_bn_relu(
         input, weight, bias, bn_weight, bn_bias, residual,
         stride, padding, dilation, groups, eps, activation, negative_slope,
     )  # fmt: skip
-    F._verify_batch_size(conv_output.size())
-    if training and track_running_stats:
-        if running_mean is not None and running_var is not None:
-            count = output.size(0) * output.size(2) * output.size(3)
-            torch.ops.torchweld.update_running_stats(
-                running_mean, running_var, mean, var, count, factor
-            )
-    return output
+    F._verify_batch_size(output.size())  # type: ignore[attr-defined]
+    updates = training and track_running_stats
+    if updates and running_mean is not None and running_var is not None:
+        count = output.size(0) * output.size(2) * output.size(3)
+        torch.ops.torchweld.update_running_stats(
+            running_mean, running_var, mean, var, count, factor
+        )
+    result: Tensor = output
+    return result
 
 
 def _check_modules(op: str, conv: nn.Module, bn: nn.Module) -> None:
@@ -174,9 +176,9 @@ def conv_bn_relu(
         input,
         conv.weight,
         conv.bias,
-        conv.stride,
+        list(conv.stride),
         _both_sides(conv),
-        conv.dilation,
+        list(conv.dilation),
         conv.groups,
         conv.padding_mode,
         bn.weight,

@@ -1,12 +1,12 @@
 r"""Convolution, batch norm, residual and activation as functional ops.
 
-Common to all of them. Activation tensors (input, weight, bias, residual, output and their gradients)
+Common to all of them. Activation tensors (input, weight, bias, residual, output, their gradients)
 share one dtype: float32, float64, bfloat16 or float16; ``bn_*`` and ``running_*`` have ``[C]``
-elements of that dtype, or float32 beside a 16-bit one. Memory is contiguous or channels_last; others
-are copied. Batch statistics are float64 ``[C]``. ``activation`` is ``"identity"``, ``"relu"``,
-``"relu6"``, ``"leaky_relu"``, ``"silu"`` or ``"hardswish"``; ``negative_slope`` is that of
-``"leaky_relu"``. Every op raises RuntimeError, naming op, argument, expected and got, where a shape,
-a dtype or a name does not fit.
+elements of that dtype, or float32 beside a 16-bit one. Memory is contiguous or channels_last;
+others are copied. Batch statistics are float64 ``[C]``. ``activation`` is ``"identity"``,
+``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"`` or ``"hardswish"``; ``negative_slope`` is that
+of ``"leaky_relu"``. Every op raises RuntimeError, naming op, argument, expected and got, where a
+shape, a dtype or a name does not fit.
 
 Statistics and reductions accumulate in float64 and give the same bits whatever the thread count;
 elementwise arithmetic is float32 (float64 for float64), rounded once. The convolution is ATen's.
@@ -18,17 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "batch_norm_relu",
-    "batch_norm_relu_backward",
-    "batch_norm_relu_backward_reduce",
-    "batch_norm_stats",
-    "conv_bn_relu",
-    "conv_bn_relu_frozen",
-    "conv_relu",
-    "update_running_stats",
-]
 
 _ops = torch.ops.torchweld
 
@@ -89,7 +78,8 @@ def conv_bn_relu(
 
     Example:
         >>> import torch, torchweld as tw
-        >>> output, _, mean, _, _ = tw.ops.conv_bn_relu(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 1, 1))
+        >>> x, w = torch.ones(2, 3, 8, 8), torch.ones(4, 3, 1, 1)
+        >>> output, _, mean, _, _ = tw.ops.conv_bn_relu(x, w)
         >>> output.shape, mean.tolist()
         (torch.Size([2, 4, 8, 8]), [3.0, 3.0, 3.0, 3.0])
     """
@@ -144,7 +134,8 @@ def conv_bn_relu_frozen(
 
     Example:
         >>> import torch, torchweld as tw
-        >>> x, w, zero, one = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1), torch.zeros(1), torch.ones(1)
+        >>> x, w = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1)
+        >>> zero, one = torch.zeros(1), torch.ones(1)
         >>> tw.ops.conv_bn_relu_frozen(x, w, None, None, None, zero, one, eps=0.0)[0].sum()
         tensor(4.)
     """
@@ -209,8 +200,8 @@ def update_running_stats(
 ) -> None:
     """Move running statistics towards those of a batch, in place.
 
-    ``running = (1 - momentum) * running + momentum * batch``, computed in float64, with the unbiased
-    variance ``var * count / (count - 1)``.
+    ``running = (1 - momentum) * running + momentum * batch``, computed in float64, with the
+    unbiased variance ``var * count / (count - 1)``.
 
     Args:
         running_mean: ``[C]``, floating point.

@@ -1,0 +1,89 @@
+"""conv-bn-relu from stock PyTorch operators, with what its backward gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "identity": lambda z, slope: z,
+    "relu": lambda z, slope: F.relu(z),
+    "relu6": lambda z, slope: F.relu6(z),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda z, slope: F.silu(z),
+    "hardswish": lambda z, slope: F.hardswish(z),
+}
+
+
+@dataclass
+class Problem:
+    """Everything a layer takes. `frozen` normalizes with the running statistics."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    residual: Tensor | None
+    conv: tuple  # stride, padding, dilation, groups
+    activation: str = "relu"
+    negative_slope: float = 0.01
+    eps: float = 1e-5
+    momentum: float = 0.1
+    frozen: bool = False
+
+    DIFFERENTIABLE = ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")
+    BATCH_NORM = ("bn_weight", "bn_bias", "running_mean", "running_var")
+
+    def map(self, f) -> Problem:
+        """Apply f(name, tensor) to every tensor there is."""
+        names = (*self.DIFFERENTIABLE, "running_mean", "running_var")
+        return replace(self, **{
+            n: f(n, t) for n in names if (t := getattr(self, n)) is not None
+        })  # fmt: skip
+
+    def to(self, dtype: torch.dtype, bn_dtype: torch.dtype | None = None) -> Problem:
+        return self.map(lambda n, t: t.to(bn_dtype or dtype if n in self.BATCH_NORM else dtype))
+
+    def leaves(self) -> Problem:
+        """Copies of all tensors, those with a derivative requiring gradients."""
+        return self.map(lambda n, t: t.detach().clone().requires_grad_(n in self.DIFFERENTIABLE))
+
+    def gradients(self) -> dict[str, Tensor]:
+        tensors = {n: getattr(self, n) for n in self.DIFFERENTIABLE}
+        return {n: t.grad for n, t in tensors.items() if t is not None}
+
+
+def stock(p: Problem) -> Tensor:
+    """Run stock operators, moving the running statistics of a problem that is not frozen."""
+    a = F.conv2d(p.input, p.weight, p.bias, *p.conv)
+    z = F.batch_norm(
+        a, p.running_mean, p.running_var, p.bn_weight, p.bn_bias, not p.frozen, p.momentum, p.eps
+    )
+    if p.residual is not None:
+        z = z + p.residual
+    return ACTIVATIONS[p.activation](z, p.negative_slope)
+
+
+def fused(p: Problem) -> Tensor:
+    """Run torchweld's operators, with the same effects."""
+    ops = torch.ops.torchweld
+    stride, padding, dilation, groups = p.conv
+    conv = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    tail = (*conv, p.eps, p.activation, p.negative_slope)
+    if p.frozen:
+        return ops.conv_bn_relu_frozen(
+            p.input, p.weight, p.bias, p.bn_weight, p.bn_bias, p.running_mean, p.running_var,
+            p.residual, *tail,
+        )[0]  # fmt: skip
+    output, _, mean, _, var = ops.conv_bn_relu(
+        p.input, p.weight, p.bias, p.bn_weight, p.bn_bias, p.residual, *tail
+    )
+    count = output.numel() // output.size(1)
+    ops.update_running_stats(p.running_mean, p.running_var, mean, var, count, p.momentum)
+    return output
