@@ -334,22 +334,27 @@ def test_changed_arguments():
     assert seen[0] is y
 
 
+class Cycle:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        time.time()
+
+
+class LeavesGarbage(Block):
+    def forward(self, x):
+        for _ in range(10):
+            Cycle()
+        return super().forward(x)
+
+
 def test_a_collection_while_tracing():
     """Finalizers that a garbage collection runs are not the forward's doing."""
-    thresholds = gc.get_threshold()
+    model, thresholds = LeavesGarbage(), gc.get_threshold()
     gc.set_threshold(1)
-
-    class Cycle:
-        def __init__(self):
-            self.me = self
-
-        def __del__(self):
-            time.time()
-
     try:
-        for _ in range(50):
-            Cycle()
-        welded = tw.weld(Block())
+        welded = tw.weld(model)
     finally:
         gc.set_threshold(*thresholds)
     assert len(tw.report(welded).converted) == 1
