@@ -1,7 +1,9 @@
 """What a traced forward took for granted is looked at again before every call."""
 
 import contextlib
+import gc
 import random
+import time
 
 import pytest
 import torch
@@ -330,3 +332,30 @@ def test_changed_arguments():
     y = welded(torch.randn(2, 3, 4, 4), seen)
     assert len(seen) == 1
     assert seen[0] is y
+
+
+class Cycle:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        time.time()
+
+
+class LeavesGarbage(Block):
+    def forward(self, x):
+        for _ in range(10):
+            Cycle()
+        return super().forward(x)
+
+
+def test_a_collection_while_tracing():
+    """Finalizers that a garbage collection runs are not the forward's doing."""
+    model, thresholds = LeavesGarbage(), gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        welded = tw.weld(model)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert len(tw.report(welded).converted) == 1
+    assert gc.isenabled()

@@ -6,6 +6,7 @@ import builtins
 import dis
 import enum
 import functools
+import gc
 import sys
 import threading
 import types
@@ -99,6 +100,9 @@ class Watch:
             "__delattr__": self._make_refusal("deletes", nn.Module.__delattr__),
         }
         stock = {name: vars(nn.Module)[name] for name in patched if name in vars(nn.Module)}
+        # A collection could run anybody's finalizers in the middle of the forward.
+        collects = gc.isenabled()
+        gc.disable()
         try:
             for name, function in patched.items():
                 setattr(nn.Module, name, function)
@@ -115,6 +119,8 @@ class Watch:
                     setattr(nn.Module, name, stock[name])
                 else:
                     delattr(nn.Module, name)
+            if collects:
+                gc.enable()
         for value, read in self._values.values():
             if not _is_fingerprint(value, read.value):
                 _remove_stand_ins(value)
