@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchweld as tw
+from torchweld import _C
+
 from tests.reference.conv_bn_relu import ACTIVATIONS, Problem, fused, stock
 from tests.tolerances import ROUNDOFF
-from torchweld import _C
 
 ops = torch.ops.torchweld
 DTYPES = list(ROUNDOFF)
@@ -114,7 +115,7 @@ def test_bfloat16_weight_gradient_of_a_dilated_convolution():
     weight = (torch.randn(8, 5, 3, 3) / 7).bfloat16()
     gradients = []
     for dtype in (torch.bfloat16, torch.float64):
-        w = weight.to(dtype).requires_grad_()
+        w = weight.detach().to(dtype).clone().requires_grad_()
         y = tw.ops.conv_bn_relu(x.to(dtype), w, dilation=2, groups=4, activation="silu")[0]
         y[..., :5].square().sum().backward()
         gradients.append(w.grad)
@@ -424,6 +425,11 @@ def samples():
         yield f"{name}-batch_norm_relu", (a, *common, *y)
         yield f"{name}-batch_norm_relu_backward_reduce", (a, a, *common, *y)
         yield f"{name}-batch_norm_relu_backward", (a, a, *common, *c[2:], c[0][:1], *y)
+    x = torch.randn(2, 3, 9, 40).bfloat16().contiguous(memory_format=torch.channels_last)
+    arguments = (None, None, None, None, [1, 1], [0, 0], [2, 2], 1, 1e-5, "relu", 0.0)
+    yield "dilated-conv_bn_relu", (x.requires_grad_(), weight.detach().bfloat16(), *arguments)
+    w = weight.detach().bfloat16().requires_grad_()
+    yield "dilated-conv_bn_relu", (x, w, *arguments)
     yield "plain-update_running_stats", (*f[2:], c[0], c[1], 10, 0.1)
 
 

@@ -33,8 +33,8 @@ struct Sums {
 // The tensor in x's memory order.
 Tensor laid_out_as(const Tensor& x, const Tensor& tensor);
 
-// An uninitialized tensor of x's shape, dtype and memory order. Where x could be called contiguous as
-// well as channels_last it is contiguous, as batch norm's output is in torch.
+// An uninitialized tensor of x's shape, dtype and memory order. Where x could be called contiguous
+// as well as channels_last it is contiguous, as batch norm's output is in torch.
 Tensor empty_as(const Tensor& x);
 
 // One normalization of a dense tensor. Holds references: x and bn must outlive it.
