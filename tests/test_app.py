@@ -232,6 +232,8 @@ def test_top_k(weld, tmp_path):
 
     np.save(x, np.array([[1, np.nan, 2]], np.float32))
     assert "1 nan %" in weld("predict", path, "--input", x).stdout
+    np.save(x, np.array([[1, np.inf, 2]], np.float32))
+    assert "1 nan %" in weld("predict", path, "--input", x).stdout  # and not "-nan"
     np.save(x, np.zeros((1000, 3), np.float32))
     lines = weld("predict", path, "--input", x).stdout.splitlines()
     assert len(lines) == 21
@@ -416,6 +418,7 @@ def corrupt(key, value):
         (corrupt(["inputs", 0, "shape"], [True]), "expected an integer, got true"),
         (corrupt(["inputs"], [5]), "cannot use at() with number"),
         (corrupt(["inputs"], []), "it declares 0 inputs, the model takes 1"),
+        (corrupt(["golden", "inputs"], []), "it declares 0 inputs, the model takes 1"),
         (corrupt(["ops"], {"a": 1}), "must be"),
         (corrupt(["golden", "inputs", 0, "data"], "AAA"), "base64 data is truncated"),
         (corrupt(["golden", "inputs", 0, "data"], "A!=="), "base64 data is corrupted"),
@@ -428,9 +431,10 @@ def test_corrupted_manifest(weld, cnn, images, change, reason):
     manifest = json.loads(path.with_suffix(".json").read_text())
     change(manifest)
     path.with_suffix(".json").write_text(json.dumps(manifest))
-    message = weld.fails("predict", path, "--input", images)
-    assert message.startswith(f"manifest {path.with_suffix('.json')} cannot be used: ")
-    assert reason in message
+    for command in ["inspect", path], ["predict", path, "--input", images]:
+        message = weld.fails(*command)
+        assert message.startswith(f"manifest {path.with_suffix('.json')} cannot be used: ")
+        assert reason in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"a": "\x80"}'])

@@ -113,7 +113,9 @@ int inspect(const InspectOptions& options) {
   check_operators(operators);
 
   const std::unique_ptr<ModelRunner> runner = load_model(options.model);
-  if (!manifest) {
+  if (manifest) {
+    check_input_count(runner->input_names().size(), *manifest);
+  } else {
     const char* title = "inputs";
     for (const std::string& name : runner->input_names()) {
       line(title) << name << '\n';

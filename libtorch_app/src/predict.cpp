@@ -112,11 +112,7 @@ int predict(const PredictOptions& options) {
   }
   const std::unique_ptr<ModelRunner> runner = load_model(options.model);
   const std::vector<std::string> names = runner->input_names();
-  if (manifest && manifest->inputs.size() != names.size()) {
-    throw InputError("manifest " + manifest->path.string() + " cannot be used: it declares " +
-                     std::to_string(manifest->inputs.size()) + " inputs, the model takes " +
-                     std::to_string(names.size()));
-  }
+  if (manifest) check_input_count(names.size(), *manifest);
   std::vector<Array> inputs;
   for (const auto& file : arrange(options.inputs, names)) inputs.push_back(read_npy(file));
   if (manifest) check_inputs(inputs, *manifest);

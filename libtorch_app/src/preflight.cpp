@@ -46,6 +46,15 @@ void check_operators(const std::vector<Operator>& operators) {
   }
 }
 
+void check_input_count(size_t count, const Manifest& manifest) {
+  for (const size_t declared : {manifest.inputs.size(), manifest.golden_inputs.size()}) {
+    if (declared == count) continue;
+    throw InputError("manifest " + manifest.path.string() + " cannot be used: it declares " +
+                     std::to_string(declared) + " inputs, the model takes " +
+                     std::to_string(count));
+  }
+}
+
 void check_inputs(const std::vector<Array>& inputs, const Manifest& manifest) {
   const TensorSpec* free = nullptr;
   int64_t batch = 0;

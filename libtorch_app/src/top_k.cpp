@@ -42,8 +42,8 @@ std::string top_classes(const Array& logits, int64_t row, int64_t k) {
   std::ostringstream text;
   text << std::fixed << std::setprecision(2);
   for (int64_t i = 0; i < k; ++i) {
-    text << (i ? "   " : "") << order[i] << ' ' << 100 * std::exp(values[order[i]] - largest) / sum
-         << " %";
+    const double share = std::exp(values[order[i]] - largest) / sum;
+    text << (i ? "   " : "") << order[i] << ' ' << 100 * std::abs(share) << " %";  // no "-nan"
   }
   return text.str();
 }
