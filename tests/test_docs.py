@@ -1,0 +1,54 @@
+"""Examples in docstrings run and print what they say; links between the papers lead somewhere."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchweld as tw
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+PAPERS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
+MODULES = [
+    info.name
+    for info in pkgutil.walk_packages(tw.__path__, "torchweld.")
+    if not info.name.endswith(("._C", "__main__"))
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed, _ = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    )
+    assert failed == 0
+
+
+def test_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 256)),
+    )
+    names = {"model": model}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(code, names)
+    assert names["y"].shape == (8, 16, 32, 32)
+    assert {row.conversion for row in tw.report(names["fast"]).converted} == {
+        "conv_bn_relu",
+        "quantized_linear",
+    }
+    assert (tmp_path / "model.json").exists()
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links(paper):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", paper.read_text()):
+        if "://" not in target:
+            assert (paper.parent / target).exists(), target
