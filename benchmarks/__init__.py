@@ -1,0 +1,1 @@
+"""Benchmarks of torchweld against stock PyTorch; run ``python -m benchmarks --help``."""

@@ -1,0 +1,148 @@
+"""``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import (
+    bench_adamw,
+    bench_conv_bn_relu,
+    bench_quantized_linear,
+    harness,
+    report,
+)
+from benchmarks.machine import Machine
+
+FAMILIES = {
+    "conv_bn_relu": bench_conv_bn_relu,
+    "adamw": bench_adamw,
+    "quantized_linear": bench_quantized_linear,
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Compare torchweld with stock PyTorch on this machine. Every contender is "
+        "checked against a float64 reference before it is timed; then all take turns, round after "
+        "round, and medians are compared.",
+        epilog="columns: ms, p25, p75: median and quartiles of the rounds; x stock: speed over the "
+        "fastest stock contender (above 1 is faster); floor: share of the speed that measured "
+        "bandwidth and arithmetic allow, empty where the data fit in the cache; dB: signal to "
+        "noise of the checked result. Read ratios, not milliseconds, on a machine that is shared. "
+        "malloc is left as it is; set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 to "
+        "see both sides without page faults (benchmarks/README.md).",
+    )
+    parser.add_argument(
+        "families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)} (default: all)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small shapes, 3 rounds: shows in under a minute that everything runs, not how fast",
+    )
+    parser.add_argument(
+        "--case", default="", metavar="TEXT", help="only cases whose operator or name contains TEXT"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile joins the convolutions (minutes of compiling)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds of each case (default: 15; --quick: 3)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=6.0,
+        metavar="S",
+        help="end a case after this long, but not before 3 rounds (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/benchmarks"),
+        metavar="DIR",
+        help="where <date>-<cpu>.csv goes (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    unknown = [name for name in options.families if name not in FAMILIES]
+    if unknown:
+        parser.error(f"family: expected {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+    for name in ("rounds", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+    return options
+
+
+def create(machine: Machine, options: argparse.Namespace) -> Path:
+    """Make a new file; what was measured before stays."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    cpu = re.sub(r"[^a-z0-9]+", "-", machine.cpu_model.lower()).strip("-")
+    stem = f"{machine.date[:10]}-{cpu}{'-quick' if options.quick else ''}"
+    number = 1
+    while True:
+        path = options.output / f"{stem}{f'-{number}' if number > 1 else ''}.csv"
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def main() -> int:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    busy = os.getloadavg()[0]
+    if busy > 0.5 * (os.cpu_count() or 1):
+        print(f"note: this machine is busy (load {busy:.1f}), trust no number", file=sys.stderr)
+    machine = Machine.probe()
+    print(machine, end="\n\n")
+
+    jobs = [
+        job
+        for name in dict.fromkeys(options.families or FAMILIES)
+        for job in FAMILIES[name].jobs(options.quick, options.compile)
+        if options.case in f"{job.op} {job.case}"
+    ]
+    if not jobs:
+        print(f"--case: expected part of a case's name, got {options.case!r}", file=sys.stderr)
+        return 2
+    path = create(machine, options)
+    rounds = options.rounds or (3 if options.quick else 15)
+    everything: list[harness.Row] = []
+    with path.open("w", newline="") as file, tqdm(total=len(jobs), unit="case") as bar:
+        writer = harness.Writer(file)
+        for job in jobs:
+            bar.set_description(f"{job.op}, {job.case}")
+            rows = harness.record(
+                job,
+                machine,
+                rounds=rounds,
+                seconds=options.seconds,
+                tick=lambda number: bar.set_postfix_str(f"round {number}"),
+            )
+            writer.write(rows)
+            everything += rows
+            bar.write(report.case(rows) + "\n")
+            bar.update()
+    print(report.summary(everything), end="\n\n")
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Shapes the benchmarks share: layers of the MNIST CNN, ResNet-50, MobileNetV2 and GPT-2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A square convolution padded to keep its size, apart from the stride."""
+
+    name: str
+    batch: int
+    in_channels: int
+    out_channels: int
+    kernel: int
+    size: int
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def padding(self) -> int:
+        """Rows of zeros on each side."""
+        return self.kernel // 2
+
+    @property
+    def input_shape(self) -> Shape:
+        """``[N, C_in, H, W]``."""
+        return self.batch, self.in_channels, self.size, self.size
+
+    @property
+    def weight_shape(self) -> Shape:
+        """``[C_out, C_in / groups, K, K]``."""
+        return self.out_channels, self.in_channels // self.groups, self.kernel, self.kernel
+
+    @property
+    def output_shape(self) -> Shape:
+        """``[N, C_out, H_out, W_out]``."""
+        size = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        return self.batch, self.out_channels, size, size
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one pass."""
+        return 2 * math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
+
+
+@dataclass(frozen=True)
+class AdamWCase:
+    """The parameters of a model."""
+
+    name: str
+    shapes: Sequence[Shape]
+
+    @property
+    def size(self) -> int:
+        """Parameters in all."""
+        return sum(map(math.prod, self.shapes))
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """``[M, K]`` times ``[N, K]`` transposed."""
+
+    m: int
+    n: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        """``MxNxK``."""
+        return f"{self.m}x{self.n}x{self.k}"
+
+
+def resnet50_shapes() -> list[Shape]:
+    """Return the shapes of ResNet-50's 161 parameters."""
+    shapes: list[Shape] = []
+
+    def conv_bn(out_channels: int, in_channels: int, kernel: int) -> None:
+        shapes.extend([(out_channels, in_channels, kernel, kernel), (out_channels,)])
+        shapes.append((out_channels,))
+
+    conv_bn(64, 3, 7)
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            conv_bn(width, channels, 1)
+            conv_bn(width, width, 3)
+            conv_bn(4 * width, width, 1)
+            if block == 0:
+                conv_bn(4 * width, channels, 1)
+            channels = 4 * width
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def gpt2_shapes(layers: int = 12, width: int = 768) -> list[Shape]:
+    """Return the shapes of the smallest GPT-2's 148 parameters."""
+    shapes: list[Shape] = [(50257, width), (1024, width)]
+    for _ in range(layers):
+        shapes += [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width)]
+        shapes += [(width,)]
+    return [*shapes, (width,), (width,)]
+
+
+def mnist_cnn_shapes() -> list[Shape]:
+    """Return the shapes of a small CNN's 16 parameters: three convolutions, two linear layers."""
+    shapes: list[Shape] = []
+    for out_channels, in_channels in ((16, 1), (32, 16), (64, 32)):
+        shapes += [(out_channels, in_channels, 3, 3), *[(out_channels,)] * 3]
+    return [*shapes, (128, 576), (128,), (10, 128), (10,)]
+
+
+CONV = [
+    ConvCase("mnist 1->16 3x3 @28", 64, 1, 16, 3, 28),
+    ConvCase("mnist 16->32 3x3 @14", 64, 16, 32, 3, 14),
+    ConvCase("r50 stem 3->64 7x7/2 @224", 8, 3, 64, 7, 224, stride=2),
+    ConvCase("r50 64->64 3x3 @56", 8, 64, 64, 3, 56),
+    ConvCase("r50 64->256 1x1 @56", 8, 64, 256, 1, 56),
+    ConvCase("r50 256->256 3x3 @14", 8, 256, 256, 3, 14),
+    ConvCase("r50 1024->256 1x1 @14", 8, 1024, 256, 1, 14),
+    ConvCase("mbv2 depthwise 144 3x3 @56", 8, 144, 144, 3, 56, groups=144),
+]
+CONV_QUICK = [
+    ConvCase("mnist 1->16 3x3 @28, batch 8", 8, 1, 16, 3, 28),
+    ConvCase("64->64 3x3 @14, batch 1", 1, 64, 64, 3, 14),
+    ConvCase("depthwise 32 3x3 @14, batch 1", 1, 32, 32, 3, 14, groups=32),
+]
+
+ADAMW = [
+    AdamWCase("ResNet-50", resnet50_shapes()),
+    AdamWCase("GPT-2", gpt2_shapes()),
+    AdamWCase("MNIST CNN", mnist_cnn_shapes()),
+    AdamWCase("1000 tensors of 64", [(64,)] * 1000),
+]
+ADAMW_QUICK = [
+    AdamWCase("MNIST CNN", mnist_cnn_shapes()),
+    AdamWCase("100 tensors of 64", [(64,)] * 100),
+]
+
+LINEAR = [
+    LinearCase(64, 128, 576),
+    LinearCase(32, 1000, 2048),
+    LinearCase(128, 3072, 768),
+    LinearCase(128, 768, 3072),
+    LinearCase(1, 4096, 4096),
+    LinearCase(1, 11008, 4096),
+    LinearCase(8, 4096, 4096),
+    LinearCase(512, 4096, 4096),
+]
+LINEAR_QUICK = [LinearCase(64, 128, 576), LinearCase(1, 1024, 1024)]

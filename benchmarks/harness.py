@@ -1,0 +1,272 @@
+"""Checks contenders for the same job, then times them side by side.
+
+A shared machine changes from second to second, so the contenders take turns, in a new order every
+round, and are compared by the medians of their rounds. A contender whose first result is wrong is
+not timed at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from torch import Tensor
+
+from benchmarks.machine import Cost, Machine
+
+Row = dict[str, str | float]
+
+STOCK, OURS = "stock", "torchweld"
+# The record is tidy: a row is one contender in one case, and stands by itself.
+TEXT = ("op", "case", "contender", "kind")
+NUMBERS = ("median_ms", "p25", "p75", "rounds", "ratio", "floor_pct", "error")
+MACHINE = (
+    "torch", "torchweld", "cpu_model", "capability", "threads", "malloc", "copy_gb_s",
+    "float32_gflops", "int8_gops", "date",
+)  # fmt: skip
+COLUMNS = (*TEXT, *NUMBERS, *MACHINE)
+
+# Short work is repeated until a sample is long beside the clock and the first, cold call.
+SAMPLE_SECONDS = 2e-3
+FEWEST_ROUNDS = 3
+
+
+class WrongResultError(Exception):
+    """A contender does not compute what the reference computes."""
+
+
+@dataclass
+class Contender:
+    """One way to do a job.
+
+    Attributes:
+        name: shown and recorded.
+        run: does the job once; this is timed.
+        tolerance: largest relative error allowed, in the 2-norm of each result.
+        kind: STOCK or OURS.
+        check: does the job once from the state the reference started in and returns the results;
+            None if ``run`` is that.
+    """
+
+    name: str
+    run: Callable[[], Sequence[Tensor]]
+    tolerance: float
+    kind: str = STOCK
+    check: Callable[[], Sequence[Tensor]] | None = None
+
+
+@dataclass
+class Setup:
+    """A job ready to run: who does it, the results in float64, and what it must cost."""
+
+    contenders: list[Contender]
+    reference: Sequence[Tensor]
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case of an operator; ``setup`` allocates, so jobs are cheap to list."""
+
+    op: str
+    case: str
+    setup: Callable[[], Setup]
+
+
+def relative_error(results: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Return the largest relative error of any result, NaN and infinity if there is one.
+
+    Raises:
+        WrongResultError: number or shapes of the results are not those of the reference.
+    """
+    shapes, expected = ([tuple(t.shape) for t in ts] for ts in (results, reference))
+    if shapes != expected:
+        raise WrongResultError(f"expected results of shapes {expected}, got {shapes}")
+    errors = []
+    for actual, exact in zip(results, reference, strict=True):
+        exact = exact.detach().double()
+        scale = exact.norm().item() or 1.0
+        errors.append((actual.detach().double() - exact).norm().item() / scale)
+    return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+
+
+def check(contender: Contender, reference: Sequence[Tensor]) -> float:
+    """Run a contender once and return its error.
+
+    Raises:
+        WrongResultError: the error is above the contender's tolerance, or not a number.
+    """
+    try:
+        error = relative_error((contender.check or contender.run)(), reference)
+    except WrongResultError as wrong:
+        raise WrongResultError(f"{contender.name}: {wrong}") from None
+    if not error <= contender.tolerance:
+        raise WrongResultError(
+            f"{contender.name}: expected an error of at most {contender.tolerance:g} against the "
+            f"reference, got {error:g}"
+        )
+    return error
+
+
+def sample(run: Callable[[], object], calls: int) -> float:
+    """Return the mean milliseconds of a call over some calls in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls * 1e3
+
+
+def interleave(
+    contenders: Sequence[Contender],
+    rounds: int,
+    calls: Mapping[str, int],
+    tick: Callable[[int], None] = lambda _: None,
+) -> dict[str, list[float]]:
+    """Return milliseconds by contender, one for each round.
+
+    Args:
+        contenders: each takes one turn in a round, the order differs from round to round, so that
+            nobody always runs in the wake of the same other.
+        rounds: how many.
+        calls: how many calls make one sample, by contender.
+        tick: called with the number of every finished round.
+    """
+    samples: dict[str, list[float]] = {c.name: [] for c in contenders}
+    order = list(contenders)
+    shuffle = random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(1, rounds + 1):
+            shuffle(order)
+            for contender in order:
+                samples[contender.name].append(sample(contender.run, calls[contender.name]))
+            tick(number)
+    finally:
+        gc.enable()
+    return samples
+
+
+def measure(
+    setup: Setup,
+    *,
+    rounds: int,
+    seconds: float,
+    tick: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Check all contenders, then time them.
+
+    Args:
+        setup: the job.
+        rounds: rounds to run.
+        seconds: stop earlier when they would take longer than this, but not before FEWEST_ROUNDS.
+        tick: see :func:`interleave`.
+
+    Returns:
+        Errors, and milliseconds of every round, by contender.
+
+    Raises:
+        WrongResultError: a contender is wrong.
+    """
+    errors = {c.name: check(c, setup.reference) for c in setup.contenders}
+    calls, a_round = {}, 0.0
+    for contender in setup.contenders:
+        estimate = min(sample(contender.run, 1) for _ in range(3)) / 1e3
+        calls[contender.name] = max(1, round(SAMPLE_SECONDS / estimate))
+        a_round += calls[contender.name] * estimate
+    rounds = max(FEWEST_ROUNDS, min(rounds, int(seconds / a_round)))
+    return errors, interleave(setup.contenders, rounds, calls, tick)
+
+
+def rows(
+    job: Job,
+    setup: Setup,
+    errors: Mapping[str, float],
+    samples: Mapping[str, Sequence[float]],
+    machine: Machine,
+) -> list[Row]:
+    """Return the record of a job: medians, quartiles, ratios to the best stock contender."""
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    best_stock = min(
+        (medians[c.name] for c in setup.contenders if c.kind == STOCK), default=math.nan
+    )
+    floor = machine.floor_ms(setup.cost) if setup.cost else None
+    result: list[Row] = []
+    for contender in setup.contenders:
+        times, median = samples[contender.name], medians[contender.name]
+        p25, p75 = median, median
+        if len(times) > 1:
+            p25, _, p75 = statistics.quantiles(times, n=4, method="inclusive")
+        result.append(
+            {
+                "op": job.op,
+                "case": job.case,
+                "contender": contender.name,
+                "kind": contender.kind,
+                "median_ms": round(median, 5),
+                "p25": round(p25, 5),
+                "p75": round(p75, 5),
+                "rounds": len(times),
+                "ratio": round(best_stock / median, 4),
+                "floor_pct": "" if floor is None else round(100 * floor / median, 2),
+                "error": float(f"{errors[contender.name]:.3g}"),
+                "torch": machine.torch,
+                "torchweld": machine.torchweld,
+                "cpu_model": machine.cpu_model,
+                "capability": machine.capability,
+                "threads": machine.threads,
+                "malloc": machine.malloc,
+                "copy_gb_s": round(machine.copy_gb_s, 2),
+                "float32_gflops": round(machine.peak["float32"], 1),
+                "int8_gops": round(machine.peak["int8"], 1),
+                "date": machine.date,
+            }
+        )
+    return result
+
+
+def record(
+    job: Job,
+    machine: Machine,
+    *,
+    rounds: int,
+    seconds: float,
+    tick: Callable[[int], None] = lambda _: None,
+) -> list[Row]:
+    """Set a job up, measure it as :func:`measure` says, and return its rows."""
+    try:
+        setup = job.setup()
+        return rows(job, setup, *measure(setup, rounds=rounds, seconds=seconds, tick=tick), machine)
+    except WrongResultError as wrong:
+        raise WrongResultError(f"{job.op}, {job.case}: {wrong}") from None
+
+
+class Writer:
+    """Appends rows to a new CSV file, so that an interrupted run keeps what it has measured."""
+
+    def __init__(self, file: IO[str]):
+        self._file = file
+        self._csv = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        self._csv.writeheader()
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Append and flush."""
+        self._csv.writerows(rows)
+        self._file.flush()
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a CSV file, numbers as numbers."""
+    with path.open(newline="") as file:
+        return [
+            {k: float(v) if k in NUMBERS and v != "" else v for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,149 @@
+"""What a benchmark ran on, and the floor under a piece of work there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchweld as tw
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least a piece of work can cost.
+
+    Attributes:
+        bytes: what must cross between memory and processor, each tensor once per pass that needs
+            it, in both directions.
+        operations: multiplications and additions of the direct algorithm (one that needs fewer,
+            as Winograd's, may pass 100 % of the floor).
+        unit: what does them, ``"float32"`` or ``"int8"``.
+    """
+
+    bytes: int
+    operations: int = 0
+    unit: str = "float32"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What goes into every row of the record.
+
+    Attributes:
+        cpu_model: name, family and model of the CPU, which virtual machines do not always name.
+        capability: instruction set torchweld uses.
+        malloc: what changes the state of malloc: glibc's environment variables and LD_PRELOAD.
+        cache_bytes: last-level cache of one core; what fits in it has no memory floor.
+        copy_gb_s: bandwidth of a copy in memory, reads and writes counted.
+        peak: operations per second in units of 1e9 by unit of :class:`Cost`, the best that
+            stock matrix products reach.
+    """
+
+    cpu_model: str
+    capability: str
+    threads: int
+    torch: str
+    torchweld: str
+    malloc: str
+    date: str
+    cache_bytes: int
+    copy_gb_s: float
+    peak: dict[str, float]
+
+    @classmethod
+    def probe(cls) -> Machine:
+        """Look at this machine and measure its two floors, in a few seconds."""
+        facts = tw.info()
+        return cls(
+            cpu_model=_cpu_model(),
+            capability=facts["cpu capability"],
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            torchweld=facts["torchweld"],
+            malloc=_malloc(),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            cache_bytes=_cache_bytes(),
+            copy_gb_s=_copy_gb_s(),
+            peak={"float32": _float32_peak(), "int8": _int8_peak()},
+        )
+
+    def floor_ms(self, cost: Cost) -> float | None:
+        """Return the time no implementation goes below, None where nothing bounds it."""
+        memory = cost.bytes / self.copy_gb_s if cost.bytes > self.cache_bytes else 0.0
+        arithmetic = cost.operations / self.peak[cost.unit]
+        return max(memory, arithmetic) / 1e6 or None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cpu_model}, {self.capability}, {self.threads} threads, "
+            f"torch {self.torch}, torchweld {self.torchweld}, malloc {self.malloc}\n"
+            f"measured: copy {self.copy_gb_s:.1f} GB/s, float32 {self.peak['float32']:.0f} GFLOP/s,"
+            f" int8 {self.peak['int8']:.0f} Gop/s"
+        )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = facts.get("model name", platform.machine())
+    if "cpu family" not in facts:
+        return name
+    return f"{name} (family {facts['cpu family']} model {facts['model']})"
+
+
+def _cache_bytes() -> int:
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20}
+    texts = [path.read_text().strip() for path in sizes]
+    return max((int(t[:-1]) * units[t[-1]] for t in texts if t[-1] in units), default=32 * 2**20)
+
+
+def _malloc() -> str:
+    names = [n for n in os.environ if n.startswith("MALLOC_") or n == "GLIBC_TUNABLES"]
+    settings = [f"{n}={os.environ[n]}" for n in sorted(names)]
+    # File names only: where a library lies says nothing to a reader elsewhere.
+    settings += [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p]
+    return " ".join(settings) or "default"
+
+
+def _best_seconds(run: Callable[[], object]) -> float:
+    run()
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _copy_gb_s() -> float:
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source)) / 1e9
+
+
+def _float32_peak() -> float:
+    n = 2048
+    a, b = torch.randn(2, n, n)
+    product = 2 * n**3 / _best_seconds(lambda: torch.mm(a, b))
+    # On some CPUs oneDNN's convolution comes closer to the peak than MKL's product.
+    x, w = torch.randn(8, 256, 14, 14), torch.randn(256, 256, 3, 3)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    operations = 2 * w.numel() * 8 * 14 * 14
+    return max(product, operations / _best_seconds(lambda: F.conv2d(x, w, padding=1))) / 1e9
+
+
+def _int8_peak() -> float:
+    n = 2048
+    a, b = torch.randint(-127, 128, (2, n, n), dtype=torch.int8)
+    return 2 * n**3 / _best_seconds(lambda: torch._int_mm(a, b.t())) / 1e9
