@@ -106,12 +106,6 @@ def main() -> int:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    busy = os.getloadavg()[0]
-    if busy > 0.5 * (os.cpu_count() or 1):
-        print(f"note: this machine is busy (load {busy:.1f}), trust no number", file=sys.stderr)
-    machine = Machine.probe()
-    print(machine, end="\n\n")
-
     jobs = [
         job
         for name in dict.fromkeys(options.families or FAMILIES)
@@ -121,6 +115,11 @@ def main() -> int:
     if not jobs:
         print(f"--case: expected part of a case's name, got {options.case!r}", file=sys.stderr)
         return 2
+    busy = os.getloadavg()[0]
+    if busy > 0.5 * (os.cpu_count() or 1):
+        print(f"note: this machine is busy (load {busy:.1f}), trust no number", file=sys.stderr)
+    machine = Machine.probe()
+    print(machine, end="\n\n")
     path = create(machine, options)
     rounds = options.rounds or (3 if options.quick else 15)
     everything: list[harness.Row] = []
