@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
         "round, and medians are compared.",
         epilog="columns: ms, p25, p75: median and quartiles of the rounds; x stock: speed over the "
         "fastest stock contender (above 1 is faster); floor: share of the speed that measured "
-        "bandwidth and arithmetic allow, empty where the data fit in the cache; dB: signal to "
+        "bandwidth and arithmetic allow, empty where neither bounds it; dB: signal to "
         "noise of the checked result. Read ratios, not milliseconds, on a machine that is shared. "
         "malloc is left as it is; set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 to "
         "see both sides without page faults (benchmarks/README.md).",
