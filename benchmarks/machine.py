@@ -84,8 +84,8 @@ class Machine:
         return (
             f"{self.cpu_model}, {self.capability}, {self.threads} threads, "
             f"torch {self.torch}, torchweld {self.torchweld}, malloc {self.malloc}\n"
-            f"measured: memory {self.memory_gb_s:.1f} GB/s, float32 {self.peak['float32']:.0f} GFLOP/s,"
-            f" int8 {self.peak['int8']:.0f} Gop/s"
+            f"measured: memory {self.memory_gb_s:.1f} GB/s, "
+            f"float32 {self.peak['float32']:.0f} GFLOP/s, int8 {self.peak['int8']:.0f} Gop/s"
         )
 
 
