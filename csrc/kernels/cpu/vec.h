@@ -58,13 +58,21 @@ inline V broadcast(S s) {
 
 // --- fused multiply-add and square root ----------------------------------------------------------
 #if defined(__AVX512F__)
-inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
 inline VecF sqrt(VecF a) { return (VecF)_mm512_sqrt_ps((__m512)a); }
 inline VecD sqrt(VecD a) { return (VecD)_mm512_sqrt_pd((__m512d)a); }
 #elif defined(__AVX2__)
-inline VecF fma(VecF a, VecF b, VecF c) { return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-inline VecD fma(VecD a, VecD b, VecD c) { return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+inline VecF fma(VecF a, VecF b, VecF c) {
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline VecD fma(VecD a, VecD b, VecD c) {
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
 inline VecF sqrt(VecF a) { return (VecF)_mm256_sqrt_ps((__m256)a); }
 inline VecD sqrt(VecD a) { return (VecD)_mm256_sqrt_pd((__m256d)a); }
 #else

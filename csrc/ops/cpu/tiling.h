@@ -129,10 +129,12 @@ class Tiling {
     }
   }
 
-  // Rows of one pixel's channels each; several pixels to a row where that makes whole registers.
+  // Rows of one pixel's channels each; several pixels to a row where that makes whole registers,
+  // and enough of them that the loop over a row is worth starting.
   void cut_columns() {
     layout_ = kernels::Layout::columns;
-    const int64_t copies = kernels::kColumnGroup / std::gcd(channels_, kernels::kColumnGroup);
+    int64_t copies = kernels::kColumnGroup / std::gcd(channels_, kernels::kColumnGroup);
+    while (2 * copies * channels_ <= kernels::kMaxColumns) copies *= 2;
     columns_ = channels_ * copies;
     const int64_t rows = values_ / copies;
     const int64_t panel = std::min(columns_, kernels::kMaxColumns);
