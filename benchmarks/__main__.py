@@ -115,10 +115,9 @@ def main() -> int:
     if not jobs:
         print(f"--case: expected part of a case's name, got {options.case!r}", file=sys.stderr)
         return 2
-    busy = os.getloadavg()[0]
-    if busy > 0.5 * (os.cpu_count() or 1):
-        print(f"note: this machine is busy (load {busy:.1f}), trust no number", file=sys.stderr)
     machine = Machine.probe()
+    if machine.load > 0.5 * (os.cpu_count() or 1):
+        print(f"note: this machine is busy (load {machine.load:.1f}), trust no number")
     print(machine, end="\n\n")
     path = create(machine, options)
     rounds = options.rounds or (3 if options.quick else 15)

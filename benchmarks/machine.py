@@ -40,6 +40,7 @@ class Machine:
         cpu_model: name, family and model of the CPU, which virtual machines do not always name.
         capability: instruction set torchweld uses.
         malloc: what changes the state of malloc: glibc's environment variables and LD_PRELOAD.
+        load: processes that wanted a core in the minute before, without ours.
         cache_bytes: last-level cache; data below twice its size have no memory floor.
         memory_gb_s: bandwidth, reads and writes counted: the better of a copy and a sum in place.
         peak: operations per second in units of 1e9 by unit of :class:`Cost`, the best that
@@ -52,6 +53,7 @@ class Machine:
     torch: str
     torchweld: str
     malloc: str
+    load: float
     date: str
     cache_bytes: int
     memory_gb_s: float
@@ -68,6 +70,7 @@ class Machine:
             torch=torch.__version__,
             torchweld=facts["torchweld"],
             malloc=_malloc(),
+            load=os.getloadavg()[0],
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             cache_bytes=_cache_bytes(),
             memory_gb_s=_memory_gb_s(),
