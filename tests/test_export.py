@@ -247,7 +247,7 @@ def test_planned_formats(path, format):
             Apply(lambda x: x + torch.rand(3)),
             torch.ones(3),
             ValueError,
-            "not reproduce the model .* random in eval",
+            "not reproduce the model .* random or",
         ),
     ],
 )
@@ -265,8 +265,28 @@ def test_unknown_format_and_path(tmp_path):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(ValueError, match=r"folder\.json is a directory"):
         tw.export(nn.ReLU(), torch.ones(1), tmp_path / "folder.pt")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"\. is a directory"):
+        tw.export(nn.ReLU(), torch.ones(1), ".")
+    with pytest.raises(FileNotFoundError, match="missing does not exist"):
         tw.export(nn.ReLU(), torch.ones(1), tmp_path / "missing" / "m.pt")
+
+
+class Autocast(nn.Sequential):
+    def forward(self, x):
+        with torch.autocast("cpu"):
+            return super().forward(x)
+
+
+def test_autocast(path):
+    """Around an export or inside a forward, autocast becomes part of the file."""
+    linear, x = nn.Linear(4, 3), torch.randn(2, 4)
+    for model in Autocast(linear), linear:
+        with torch.autocast("cpu", enabled=model is linear):
+            tw.export(model, x, path)
+            expected = model(x)
+        assert torch.is_autocast_cache_enabled()
+        assert expected.dtype == torch.bfloat16
+        assert torch.equal(torch.jit.load(path)(x), expected)
 
 
 def test_failed_export_leaves_existing_files(path, monkeypatch):

@@ -90,8 +90,8 @@ int64_t parse_integer(const char* option, const char* text, int64_t lowest, int6
   const char* const end = text + std::strlen(text);
   const auto [stop, error] = std::from_chars(text, end, value);
   if (error != std::errc() || stop != end || value < lowest || value > highest) {
-    throw InputError(std::string(option) + " takes a whole number of at least " +
-                     std::to_string(lowest) + ", got \"" + text + "\"");
+    throw InputError(std::string(option) + " takes a whole number from " + std::to_string(lowest) +
+                     " to " + std::to_string(highest) + ", got \"" + text + "\"");
   }
   return value;
 }
@@ -105,10 +105,20 @@ void parse_options(int argc, char** argv, const char* short_options, const optio
   opterr = 0;
   int code;
   while ((code = getopt_long(argc, argv, short_options, long_options, nullptr)) != -1) {
+    std::string word = argv[optind - 1];
     if (code == '?' || code == ':') {
-      throw InputError(std::string(argv[optind - 1]) +
+      // Inside a group such as -zk getopt has not moved on yet; optopt is the letter.
+      if (code == '?' && optopt != 0 && !word.starts_with("--")) {
+        word = {'-', static_cast<char>(optopt)};
+      }
+      throw InputError(word +
                        (code == ':' ? " needs a value" : " is not an option of weld " + command) +
                        "; see weld " + command + " --help");
+    }
+    if (optarg != nullptr && *optarg == '\0') {
+      // An unset variable in a script. The option stands before its value, unless joined by "=".
+      if (word.empty()) word = argv[optind - 2];
+      throw InputError(word + " has an empty value");
     }
     handle(code);
   }
@@ -119,6 +129,7 @@ std::filesystem::path model_argument(int argc, char** argv) {
     throw InputError(std::string("weld ") + argv[0] + " takes one model, got " +
                      std::to_string(argc - optind) + "; see weld " + argv[0] + " --help");
   }
+  if (*argv[optind] == '\0') throw InputError("the name of the model is empty");
   return argv[optind];
 }
 

@@ -63,11 +63,11 @@ def export(
     Raises:
         NotImplementedError: ``format`` is ``"aoti"`` or ``"onnx"``.
         ValueError: ``format`` is unknown; ``path`` ends in ``.json`` or is a directory; a tensor is
-            not on the CPU; or the file does not reproduce the model, because the model is random or
-            reads values of its inputs in Python.
+            not on the CPU; or the file does not reproduce the model, because the model is random,
+            changes its buffers in eval mode, or reads values of its inputs in Python.
         TypeError: ``model`` is no module; an input or output is no tensor, or has a dtype other
             than bool, uint8, int8, int16, int32, int64, float16, bfloat16, float32 and float64.
-        OSError: a file cannot be written.
+        OSError: the folder does not exist, or a file cannot be written.
 
     Note:
         Tracing records the operations of one run: branches and loops on tensor values are frozen as
@@ -97,7 +97,7 @@ def export(
         if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
             raise ValueError(f"export: {name}: expected a CPU tensor, got one on {tensor.device}")
 
-    with torch.no_grad(), _eval_mode(model), _no_deprecation_warnings():
+    with torch.no_grad(), _eval_mode(model), _no_autocast_cache(), _no_deprecation_warnings():
         inputs = tuple(x.detach().contiguous() for x in inputs)
         expected = _as_tensors(model(*inputs), "the model's output")
         scripted = model
@@ -112,7 +112,8 @@ def export(
         if difference:
             raise ValueError(
                 "export: the exported model does not reproduce the model on the example inputs: it "
-                f"is random in eval mode, or reads tensor values in Python.\n{difference}"
+                "is random or changes its buffers in eval mode, or reads tensor values in "
+                f"Python.\n{difference}"
             )
         input_shapes, output_shapes = _dynamic_shapes(model, loaded, inputs, expected)
         golden_inputs = inputs
@@ -143,12 +144,15 @@ def export(
 
 def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     path = Path(path)
+    if path.is_dir():  # first, because a folder such as "." has no name to take a suffix
+        raise ValueError(f"export: path: {path} is a directory")
     manifest_path = path.with_suffix(".json")
     if path == manifest_path:
         raise ValueError(f"export: path: {path} is the name of the manifest; write to a .pt file")
-    for file in (path, manifest_path):
-        if file.is_dir():
-            raise ValueError(f"export: path: {file} is a directory")
+    if manifest_path.is_dir():
+        raise ValueError(f"export: path: {manifest_path} is a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"export: path: the folder {path.parent} does not exist")
     return path, manifest_path
 
 
@@ -185,6 +189,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """A trace cannot hold what autocast casts once and keeps; it records a cast per use instead."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 @contextmanager

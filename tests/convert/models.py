@@ -63,6 +63,24 @@ class Bottleneck(nn.Module):
         return torch.relu(torch.add(x, self.bn3(self.conv3(out))))
 
 
+class Branches(nn.Module):
+    """Sums of two patterns, written as an addition that either could take."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(3, 4)
+        self.conv2, self.bn2 = conv_bn(3, 4, 1)
+        self.conv3, self.bn3 = conv_bn(4, 4)
+        self.conv4, self.bn4 = conv_bn(4, 4, 1)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)) + self.bn2(self.conv2(x)))
+        shortcut = self.bn4(self.conv4(x))
+        out = self.bn3(self.conv3(x))
+        out += shortcut
+        return F.relu(out)
+
+
 class InvertedResidual(nn.Module):
     def __init__(self, channels: int):
         super().__init__()

@@ -1,19 +1,29 @@
 """A welded model computes, learns and is addressed as the stock one."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torchweld as tw
 from torch import nn
 
-from tests.convert.models import BasicBlock, Bottleneck, Digits, InvertedResidual, Plain, ResNet
+from tests.convert.models import (
+    BasicBlock,
+    Bottleneck,
+    Branches,
+    Digits,
+    InvertedResidual,
+    Plain,
+    ResNet,
+)
 from tests.tolerances import ROUNDOFF
 
 CASES = {
     Plain: ((3, 3, 8, 8), 7),
     ResNet: ((3, 3, 16, 16), 12),
     Digits: ((3, 1, 8, 8), 2),
+    Branches: ((3, 3, 8, 8), 4),
 }
 
 
@@ -128,6 +138,8 @@ def test_details():
     assert details["layer1.1.downsample.0 + layer1.1.downsample.1"] == "conv-bn"
     assert details["layer2.0.conv3 + layer2.0.bn3"] == "conv-bn-add-relu"
     assert details["layer2.1.conv.2 + layer2.1.conv.3"] == "conv-bn"
+    branches = [row.detail for row in tw.report(tw.weld(Branches()))]
+    assert branches == ["conv-bn-add-relu", "conv-bn", "conv-bn", "conv-bn-add-relu"]
     text = str(tw.report(tw.weld(Plain())))
     assert "0.0 + 0.1 + 0.2" in text
     assert "conv-bn-relu6" in text
@@ -158,6 +170,30 @@ def test_broadcast_residual():
     x = torch.randn(2, 3, 8, 8)
     for shift in (torch.randn(4, 1, 1), torch.randn(2, 4, 6, 6), torch.tensor(1.0)):
         assert_near(welded(x, shift), stock(x, shift))
+
+
+def test_meta_tensors():
+    with torch.device("meta"):
+        model = ResNet()
+    x = torch.empty(2, 3, 16, 16, device="meta")
+    for inference in (False, True):
+        assert tw.weld(model, inference=inference)(x).shape == (2, 5)
+
+
+def test_threads():
+    """A model runs in one thread while another is welded in a second one."""
+    welded, x = tw.weld(ResNet()).eval(), torch.randn(1, 3, 16, 16)
+    expected = welded(x)
+
+    def weld_models():
+        for _ in range(5):
+            tw.weld(ResNet())
+
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(weld_models)
+        while not done.done():
+            assert torch.equal(welded(x), expected)
+        done.result()
 
 
 def test_weld_again_and_back():
@@ -191,5 +227,7 @@ def test_example_inputs_tell(monkeypatch):
 def test_refused_arguments():
     with pytest.raises(TypeError, match=r"expected model to be an nn\.Module, got function"):
         tw.weld(lambda x: x)
+    with pytest.raises(TypeError, match="list or tuple of positional arguments, got dict"):
+        tw.weld(ResNet(), example_inputs={"x": torch.randn(1, 3, 16, 16)})
     with pytest.raises(NotImplementedError, match="memory_saving"):
         tw.weld(ResNet(), memory_saving=True)

@@ -52,7 +52,8 @@ def weld(
         With ``inference=True`` nothing is shared.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is no ``nn.Module``, or ``example_inputs`` neither tensor, list
+            nor tuple.
         ValueError: a copy of the model would not share its parameters (TorchScript modules), or
             ``inference=True`` and a module is lazy.
         RuntimeError: the outputs on ``example_inputs`` differ.
@@ -77,6 +78,11 @@ def weld(
         True
     """
     _check_module("weld", model)
+    if not (example_inputs is None or isinstance(example_inputs, (Tensor, list, tuple))):
+        raise TypeError(
+            "torchweld.weld: expected example_inputs to be a tensor or a list or tuple of "
+            f"positional arguments, got {type(example_inputs).__name__}"
+        )
     if memory_saving:
         raise NotImplementedError("torchweld.weld: memory_saving=True is not available yet")
     if inference and any(map(nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):

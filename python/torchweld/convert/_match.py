@@ -58,7 +58,11 @@ _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 
 
 def find(owner: nn.Module, graph: fx.Graph) -> Iterator[Found]:
-    """Yield every conv whose output a batch normalization reads, in the order of the graph."""
+    """Yield every conv whose output a batch normalization reads, in the order of the graph.
+
+    An addition of two such outputs belongs to the first of them.
+    """
+    taken: set[fx.Node] = set()
     for bn_node in graph.nodes:
         conv_node = bn_node.args[0] if bn_node.args else bn_node.kwargs.get("input")
         if not isinstance(conv_node, fx.Node):
@@ -74,18 +78,22 @@ def find(owner: nn.Module, graph: fx.Graph) -> Iterator[Found]:
         elif len(conv_node.users) > 1:
             reason = "the convolution's output is used elsewhere too"
         elif not (_is_plain_call(conv_node) and _is_plain_call(bn_node)):
-            reason = "called with arguments that are no tensors"
+            reason = "called with more than one positional tensor"
         else:
             reason = _rules.reason_against(conv, bn)
         if reason:
             yield Found(names, None, reason, conv_node, bn_node)
         else:
-            yield _extend(owner, graph, conv_node, bn_node)
+            found = _extend(owner, graph, conv_node, bn_node, taken)
+            if found.add_node is not None:
+                taken.add(found.add_node)
+            yield found
 
 
 def fuse(owner: nn.Module, graph: fx.Graph, pairs: Collection[tuple[str, str]]) -> list[Unit]:
     """Rewrite the graph so that each pattern among ``pairs`` is one call; return the patterns."""
     units = []
+    fused: dict[fx.Node | None, fx.Node] = {}  # by the last node of what a call stands for
     for found in list(find(owner, graph)):
         if found.unit is None or found.unit.pair not in pairs:
             continue
@@ -100,20 +108,23 @@ def fuse(owner: nn.Module, graph: fx.Graph, pairs: Collection[tuple[str, str]]) 
             call = graph.call_function(
                 _fused.folded if folded else _fused.fused,
                 (found.conv_node.args[0], *modules, unit.activation, unit.negative_slope,
-                 found.residual),
+                 fused.get(found.residual, found.residual)),
             )  # fmt: skip
         nodes[-1].replace_all_uses_with(call)
+        fused[nodes[-1]] = call
         for node in reversed(nodes):
             graph.erase_node(node)
         units.append(unit)
     return units
 
 
-def _extend(owner: nn.Module, graph: fx.Graph, conv_node: fx.Node, bn_node: fx.Node) -> Found:
+def _extend(
+    owner: nn.Module, graph: fx.Graph, conv_node: fx.Node, bn_node: fx.Node, taken: set[fx.Node]
+) -> Found:
     add_node = residual = None
     last = bn_node
     user = _only_user(last)
-    if user is not None:
+    if user is not None and user not in taken:
         other = _other_addend(user, last)
         if other is not None and _nothing_changes_between(owner, graph, conv_node, user, bn_node):
             add_node, residual, last = user, other, user

@@ -152,6 +152,19 @@ class _Tracer(fx.Tracer):
     def __init__(self, watch: Watch):
         super().__init__()
         self.watch = watch
+        self.thread = threading.get_ident()
+
+    # While one thread traces, torch.fx has every module call and attribute read of the process come
+    # here; those of other threads are none of its business.
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
