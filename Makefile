@@ -16,7 +16,7 @@ demo: setup app  ## the main job: train, weld, quantize, export, classify in C++
 
 test: setup app  ## all tests: pytest, then ctest of the kernels under sanitizers
 	pytest
-	cmake --preset asan -D CMAKE_MAKE_PROGRAM=$(BIN)/ninja
+	cmake --preset asan
 	cmake --build --preset asan
 	ctest --preset asan
 

@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
         "round, and medians are compared.",
         epilog="columns: ms, p25, p75: median and quartiles of the rounds; x stock: speed over the "
         "fastest stock contender (above 1 is faster); floor: share of the speed that measured "
-        "bandwidth and arithmetic allow, empty where the data fit in the cache; dB: signal to "
+        "bandwidth and arithmetic allow, empty where neither bounds it; dB: signal to "
         "noise of the checked result. Read ratios, not milliseconds, on a machine that is shared. "
         "malloc is left as it is; set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 to "
         "see both sides without page faults (benchmarks/README.md).",
@@ -106,12 +106,6 @@ def main() -> int:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    busy = os.getloadavg()[0]
-    if busy > 0.5 * (os.cpu_count() or 1):
-        print(f"note: this machine is busy (load {busy:.1f}), trust no number", file=sys.stderr)
-    machine = Machine.probe()
-    print(machine, end="\n\n")
-
     jobs = [
         job
         for name in dict.fromkeys(options.families or FAMILIES)
@@ -121,6 +115,10 @@ def main() -> int:
     if not jobs:
         print(f"--case: expected part of a case's name, got {options.case!r}", file=sys.stderr)
         return 2
+    machine = Machine.probe()
+    if machine.load > 0.5 * (os.cpu_count() or 1):
+        print(f"note: this machine is busy (load {machine.load:.1f}), trust no number")
+    print(machine, end="\n\n")
     path = create(machine, options)
     rounds = options.rounds or (3 if options.quick else 15)
     everything: list[harness.Row] = []

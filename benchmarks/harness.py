@@ -29,8 +29,8 @@ STOCK, OURS = "stock", "torchweld"
 TEXT = ("op", "case", "contender", "kind")
 NUMBERS = ("median_ms", "p25", "p75", "rounds", "ratio", "floor_pct", "error")
 MACHINE = (
-    "torch", "torchweld", "cpu_model", "capability", "threads", "malloc", "copy_gb_s",
-    "float32_gflops", "int8_gops", "date",
+    "torch", "torchweld", "cpu_model", "capability", "threads", "malloc", "load",
+    "memory_gb_s", "float32_gflops", "int8_gops", "date",
 )  # fmt: skip
 COLUMNS = (*TEXT, *NUMBERS, *MACHINE)
 
@@ -224,7 +224,8 @@ def rows(
                 "capability": machine.capability,
                 "threads": machine.threads,
                 "malloc": machine.malloc,
-                "copy_gb_s": round(machine.copy_gb_s, 2),
+                "load": round(machine.load, 2),
+                "memory_gb_s": round(machine.memory_gb_s, 2),
                 "float32_gflops": round(machine.peak["float32"], 1),
                 "int8_gops": round(machine.peak["int8"], 1),
                 "date": machine.date,

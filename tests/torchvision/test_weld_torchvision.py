@@ -35,7 +35,7 @@ def test_model(name, patterns):
     welded = tw.weld(copy.deepcopy(stock))
     assert len(tw.report(welded).converted) == patterns, str(tw.report(welded))
     assert list(welded.state_dict()) == list(stock.state_dict())
-    assert type(welded) is type(stock)
+    assert isinstance(welded, type(stock))
     assert losses(welded) == pytest.approx(losses(stock), rel=1e-3)
 
     x = torch.randn(2, 3, 64, 64)

@@ -40,7 +40,7 @@ struct Activate {
     if constexpr (kActivation == Activation::relu) {
       return z <= zero ? zero : g;
     } else if constexpr (kActivation == Activation::relu6) {
-      return (z > zero) & (z < six) ? g : zero;
+      return ((z > zero) & (z < six)) ? g : zero;
     } else if constexpr (kActivation == Activation::leaky_relu) {
       return z > zero ? g : g * negative_slope;
     } else if constexpr (kActivation == Activation::silu) {
