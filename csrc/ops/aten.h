@@ -63,7 +63,10 @@ inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad_output
   // oneDNN's bfloat16 weight gradient of a dilated convolution is wrong in channels_last memory
   // (torch 2.13: off by more than its own size), so that one is computed in contiguous memory.
   const bool dilated = conv.dilation[0] != 1 || conv.dilation[1] != 1;
-  const bool channels_last = !input.is_contiguous() || !weight.is_contiguous();
+  const auto is_channels_last = [](const Tensor& t) {
+    return !t.is_contiguous() && t.stride(1) == 1;
+  };
+  const bool channels_last = is_channels_last(input) || is_channels_last(weight);
   if (!weight_grad || !dilated || !channels_last || input.scalar_type() != ScalarType::BFloat16) {
     return call_convolution_backward(grad_output, input, weight, conv, input_grad, weight_grad);
   }

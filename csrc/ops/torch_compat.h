@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -20,6 +21,12 @@ using torch::stable::Tensor;
 
 using IntList = std::vector<int64_t>;
 using TensorList = std::vector<Tensor>;
+
+// A string argument of an operator: torch's conversion to std::string leaks one with every call, in
+// the headers of the floor at least (https://github.com/pytorch/pytorch/pull/190493).
+struct String : std::string {
+  using std::string::string;
+};
 
 // f(begin, end) over [0, size), on torch's own threads. It must not throw: an exception cannot
 // leave a worker thread.
@@ -60,3 +67,17 @@ inline std::optional<kernels::DType> to_dtype(ScalarType type) {
 }
 
 }  // namespace torchweld::ops
+
+template <>
+struct torch::stable::detail::ToImpl<torchweld::ops::String> {
+  static torchweld::ops::String call(StableIValue value, uint64_t, bool) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length;
+    const char* data;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    torchweld::ops::String result(data, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return result;
+  }
+};

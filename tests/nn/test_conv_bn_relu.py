@@ -290,6 +290,17 @@ def test_torchscript(arguments, train):
     assert torch.equal(traced(x), module(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # stock raises it as well
+def test_trace_in_training_takes_batches_of_any_size():
+    module = make()
+    traced = torch.jit.trace(copy.deepcopy(module), (make_input(),), check_trace=False)
+    module(make_input())  # as tracing does
+    x = make_input(n=5, size=11)
+    assert torch.equal(traced(x), module(x))
+    for p, q in zip(traced.buffers(), module.buffers(), strict=True):
+        assert torch.equal(p, q)
+
+
 # --- folded --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
 def test_folded_module(arguments):

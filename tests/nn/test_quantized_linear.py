@@ -202,6 +202,9 @@ def test_casting_the_module_keeps_scales_and_weight(dtype):
     assert torch.equal(module(x), module(x.clone()))
     module.half().float()
     assert torch.equal(module.weight_scale, scale)
+    assert module.type(dtype).bias.dtype == dtype  # casts every buffer, integers too
+    assert torch.equal(module.qweight(), qweight)
+    assert torch.equal(module(x), module(x.clone()))
 
 
 def test_to_empty_and_meta():
@@ -212,6 +215,13 @@ def test_to_empty_and_meta():
     module.to_empty(device="cpu").float()
     module.load_state_dict(state)
     assert torch.equal(module(randn(3, 37)), make()[1](randn(3, 37)))
+
+
+def test_loads_a_state_dict_without_data():
+    _, module = make()
+    state = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
 
 
 # --- torch's machinery ---------------------------------------------------------------------------

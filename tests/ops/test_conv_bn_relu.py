@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -93,7 +94,10 @@ def test_error_is_no_more_than_twice_that_of_stock(seed, dtype, layout):
         assert actual.shape == other.shape
         # Plus a few roundings: in float64 stock is the reference itself, elsewhere it may be lucky.
         roundings = 1000 if actual.dtype == torch.float64 else 4
-        bound = 2 * error(other, expected) + roundings * ROUNDOFF[actual.dtype]
+        stocks = error(other, expected)
+        if math.isnan(stocks):  # a dilated bfloat16 weight gradient may be; see the next test
+            stocks = 0.0
+        bound = 2 * stocks + roundings * ROUNDOFF[actual.dtype]
         assert error(actual, expected) <= bound, name
 
     assert outputs[1].stride() == outputs[2].stride()
@@ -120,6 +124,15 @@ def test_bfloat16_weight_gradient_of_a_dilated_convolution():
         y[..., :5].square().sum().backward()
         gradients.append(w.grad)
     assert error(*gradients) < 0.02
+
+
+def test_weight_gradient_of_a_strided_input_is_laid_out_as_torch_does():
+    """A fake kernel foretells it, and compiled code relies on that."""
+    x = torch.randn(3, 4, 5, 8).bfloat16()[:, ::2]
+    w = torch.randn(3, 2, 2, 2).bfloat16().requires_grad_()
+    ours = torch.autograd.grad(tw.ops.conv_bn_relu(x, w, dilation=2)[0].sum(), w)[0]
+    stock = torch.autograd.grad(F.conv2d(x, w, dilation=2).sum(), w)[0]
+    assert ours.stride() == stock.stride()
 
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -168,6 +181,24 @@ def test_update_counts_as_a_write():
     before = [r.clone() for r in running]
     tw.ops.update_running_stats(*running, one, one, 0, 0.1)  # an empty batch
     assert all(map(torch.equal, running, before))
+
+
+def test_update_names_the_argument_that_does_not_fit():
+    one = torch.ones(2, dtype=torch.float64)
+    for name in ("running_mean", "running_var"):
+        running = {"running_mean": torch.zeros(2), "running_var": torch.ones(2), name: one[:1]}
+        with pytest.raises(RuntimeError, match=f"{name}: expected a contiguous .2. on the CPU"):
+            tw.ops.update_running_stats(**running, mean=one, var=one, count=4, momentum=0.1)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 1, 1), (2, 0, 3, 3), (0, 3, 1, 1), (2, 3, 0, 1)], ids=str)
+def test_statistics_of_nothing(shape):
+    x = torch.empty(shape)
+    count, mean, m2 = tw.ops.batch_norm_stats(x)
+    assert count.item() == shape[0] * shape[2] * shape[3]
+    assert torch.equal(mean, torch.zeros(shape[1], dtype=torch.float64))
+    assert torch.equal(m2, mean)
+    assert tw.ops.batch_norm_relu(x, mean, m2).shape == shape
 
 
 @pytest.mark.parametrize("residual", [False, True])

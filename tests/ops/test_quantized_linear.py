@@ -367,9 +367,10 @@ def test_gradient_of_nd_input():
     (grad,) = torch.autograd.grad(layer(x), x, g)
     expected = g @ reference.dequantize(layer.q, layer.scale, torch.float32)
     assert torch.equal(grad, expected)
-    vector = randn(37).requires_grad_()
-    (grad,) = torch.autograd.grad(layer(vector), vector, g[0, 0])
+    vector, layer.bias = randn(37).requires_grad_(), layer.bias.requires_grad_()
+    grad, grad_bias = torch.autograd.grad(layer(vector), (vector, layer.bias), g[0, 0])
     assert grad.shape == (37,)
+    assert torch.equal(grad_bias, g[0, 0])
     torch.testing.assert_close(grad, expected[0, 0])
 
 
@@ -457,3 +458,10 @@ def test_autocast_casts_the_input_alone():
     assert grad.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         assert layer(x).dtype == torch.float32
+
+
+def test_autocast_leaves_the_gradient_its_dtype():
+    layer, g = Weight(10, 37), randn(3, 10)
+    expected = backward(g, layer.packed, layer.scale, 37)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(backward(g, layer.packed, layer.scale, 37), expected)

@@ -74,7 +74,7 @@ IntList shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.s
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
     Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor bn_weight,
     OptionalTensor bn_bias, OptionalTensor residual, IntList stride, IntList padding,
-    IntList dilation, int64_t groups, double eps, std::string activation, double negative_slope) {
+    IntList dilation, int64_t groups, double eps, String activation, double negative_slope) {
   const char* op = "conv_bn_relu";
   const Convolution conv{stride, padding, dilation, groups};
   const IntList shape = check_convolution(op, input, weight, bias, conv);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, Opti
                                                Tensor running_mean, Tensor running_var,
                                                OptionalTensor residual, IntList stride,
                                                IntList padding, IntList dilation, int64_t groups,
-                                               double eps, std::string activation,
+                                               double eps, String activation,
                                                double negative_slope) {
   const char* op = "conv_bn_relu_frozen";
   const Convolution conv{stride, padding, dilation, groups};
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, Opti
 
 Tensor conv_relu(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual,
                  IntList stride, IntList padding, IntList dilation, int64_t groups,
-                 std::string activation, double negative_slope) {
+                 String activation, double negative_slope) {
   const char* op = "conv_relu";
   const Convolution conv{stride, padding, dilation, groups};
   const IntList shape = check_convolution(op, input, weight, bias, conv);
@@ -203,7 +203,7 @@ Gradients conv_bn_relu_backward(Tensor grad_output, Tensor input, Tensor weight,
                                 OptionalTensor bn_weight, OptionalTensor bn_bias,
                                 OptionalTensor residual, Tensor conv_output, Tensor mean,
                                 Tensor invstd, IntList stride, IntList padding, IntList dilation,
-                                int64_t groups, std::string activation, double negative_slope,
+                                int64_t groups, String activation, double negative_slope,
                                 std::vector<bool> output_mask) {
   const char* op = "conv_bn_relu_backward";
   const int64_t channels = weight.size(0);
@@ -221,7 +221,7 @@ Gradients conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor 
                                        Tensor running_mean, Tensor running_var,
                                        OptionalTensor residual, Tensor conv_output, IntList stride,
                                        IntList padding, IntList dilation, int64_t groups,
-                                       double eps, std::string activation, double negative_slope,
+                                       double eps, String activation, double negative_slope,
                                        std::vector<bool> output_mask) {
   const char* op = "conv_bn_relu_frozen_backward";
   const int64_t channels = weight.size(0);
@@ -263,8 +263,9 @@ void update_running_stats(Tensor running_mean, Tensor running_var, Tensor mean, 
   const int64_t channels = mean.size(0);
   check_doubles(op, "mean", mean, channels);
   check_doubles(op, "var", var, channels);
-  for (const Tensor& running : {running_mean, running_var}) {
-    const char* argument = &running == &running_mean ? "running_mean" : "running_var";
+  for (const Tensor* pointer : {&running_mean, &running_var}) {
+    const Tensor& running = *pointer;
+    const char* argument = pointer == &running_mean ? "running_mean" : "running_var";
     TORCHWELD_CHECK(to_dtype(running.scalar_type()), op, argument,
                     "float32, float64, bfloat16 or float16", dtype_name(running.scalar_type()));
     TORCHWELD_CHECK(running.dim() == 1 && running.size(0) == channels && running.is_contiguous() &&
@@ -305,7 +306,7 @@ BatchNorm checked_batch_norm(const char* op, const Tensor& input, const Tensor& 
 }
 
 Tensor batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
-                       OptionalTensor bn_bias, OptionalTensor residual, std::string activation,
+                       OptionalTensor bn_bias, OptionalTensor residual, String activation,
                        double negative_slope) {
   const BatchNorm bn = checked_batch_norm("batch_norm_relu", input, mean, invstd, bn_weight,
                                           bn_bias, residual, activation, negative_slope);
@@ -318,8 +319,7 @@ Tensor batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, OptionalTensor 
 
 std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
     Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
-    OptionalTensor bn_bias, OptionalTensor residual, std::string activation,
-    double negative_slope) {
+    OptionalTensor bn_bias, OptionalTensor residual, String activation, double negative_slope) {
   const char* op = "batch_norm_relu_backward_reduce";
   const BatchNorm bn = checked_batch_norm(op, input, mean, invstd, bn_weight, bn_bias, residual,
                                           activation, negative_slope);
@@ -334,7 +334,7 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor i
                                                     Tensor invstd, OptionalTensor bn_weight,
                                                     OptionalTensor bn_bias, OptionalTensor residual,
                                                     Tensor sum_g, Tensor sum_g_xhat, Tensor count,
-                                                    std::string activation, double negative_slope) {
+                                                    String activation, double negative_slope) {
   const char* op = "batch_norm_relu_backward";
   const BatchNorm bn = checked_batch_norm(op, input, mean, invstd, bn_weight, bn_bias, residual,
                                           activation, negative_slope);

@@ -78,8 +78,8 @@ void for_each_block(const LinearShape& shape, const Tensor& input, const Tensor&
   // The rows of a task, half a megabyte of them, stay in the second cache.
   const int64_t task_rows = std::clamp<int64_t>((1 << 19) / stride / 8 * 8, 32, 256);
   const int64_t column_tasks = (shape.out_features + kTaskColumns - 1) / kTaskColumns;
-  const int64_t task_products =
-      std::min(task_rows, shape.rows) * stride * std::min(kTaskColumns, shape.out_features);
+  const int64_t task_products = std::max<int64_t>(
+      1, std::min(task_rows, shape.rows) * stride * std::min(kTaskColumns, shape.out_features));
 
   for (int64_t first = 0; first < shape.rows; first += chunk) {
     const int64_t count = std::min(chunk, shape.rows - first);
@@ -119,7 +119,7 @@ void for_each_block(const LinearShape& shape, const Tensor& input, const Tensor&
 }
 
 Tensor quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor weight_sum,
-                        std::optional<Tensor> bias, int64_t in_features, std::string activation) {
+                        std::optional<Tensor> bias, int64_t in_features, String activation) {
   const char* op = "quantized_linear";
   const LinearShape shape =
       check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);

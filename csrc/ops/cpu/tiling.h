@@ -26,7 +26,10 @@ class Tiling {
         values_(x.size(0) * x.size(2) * x.size(3)) {
     const int64_t pixels = x.size(2) * x.size(3);
     // One pixel per plane: memory is that of channels_last, whatever the strides are called.
-    if (x.is_contiguous() && pixels != 1) {
+    if (x.numel() == 0) {
+      layout_ = kernels::Layout::planes;
+      columns_ = channels_;
+    } else if (x.is_contiguous() && pixels != 1) {
       cut_planes(x.size(0), pixels);
     } else {
       cut_columns();
@@ -115,7 +118,7 @@ class Tiling {
     layout_ = kernels::Layout::planes;
     columns_ = channels_;
     const int64_t size = std::min(pixels, kMaxPlane);
-    const int64_t count = size > 0 ? std::max<int64_t>(1, kTaskSize / size) : 1;
+    const int64_t count = kTaskSize / size;
     for (int64_t c = 0; c < channels_; ++c) {
       int64_t block = 0;
       for (int64_t n = 0; n < planes; n += count) {

@@ -106,7 +106,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, packed_weight, weight_scale, ctx.in_features
         )
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
     return grad_input, None, None, None, grad_bias, None, None
 
 
@@ -144,7 +144,13 @@ def _register_autocast(device_type: str, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return _ops.quantized_linear(_cast(input, device_type, dtype), *args)
 
+    # Its gradient keeps its dtype: autocast would have the product inside cast.
+    def quantized_linear_backward(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return _ops.quantized_linear_backward(*args)
+
     _autocast.impl("quantized_linear", quantized_linear, key)
+    _autocast.impl("quantized_linear_backward", quantized_linear_backward, key)
 
 
 _register_autocast("cpu", "AutocastCPU")

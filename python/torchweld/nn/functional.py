@@ -37,6 +37,21 @@ def _pad(
     return F.pad(input, both_sides, mode=mode), [0, 0]
 
 
+# A trace would keep the count of values of its example for a constant.
+@torch.jit.script_if_tracing
+def _update_running_stats(
+    output: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+) -> Tensor:
+    count = output.size(0) * output.size(2) * output.size(3)
+    torch.ops.torchweld.update_running_stats(running_mean, running_var, mean, var, count, momentum)
+    return running_mean  # a trace can record no call that returns nothing
+
+
 def _conv_bn_relu(
     input: Tensor,
     weight: Tensor,
@@ -89,10 +104,7 @@ def _conv_bn_relu(
     F._verify_batch_size(output.size())  # type: ignore[attr-defined]
     updates = training and track_running_stats
     if updates and running_mean is not None and running_var is not None:
-        count = output.size(0) * output.size(2) * output.size(3)
-        torch.ops.torchweld.update_running_stats(
-            running_mean, running_var, mean, var, count, factor
-        )
+        _update_running_stats(output, running_mean, running_var, mean, var, factor)
     result: Tensor = output
     return result
 

@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
         ``[..., in_features]`` to ``[..., out_features]``, in the dtype of the input.
 
     Note:
-        ``half()``, ``bfloat16()`` and ``to(dtype)`` cast the bias only: the scales stay float32.
+        ``half()``, ``to(dtype)``, ``type(dtype)`` and the like cast the bias only.
         The input and the bias have gradients, the weight has none.
 
     Example:
@@ -189,10 +189,13 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        scale = self.weight_scale
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:  # half(), to(dtype): keep device, undo cast
-            self.weight_scale = scale.to(self.weight_scale.device)
+        # half() casts the scales, type(dtype) the integers too: keep the device, undo the cast.
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
         return self
 
     def _save_to_state_dict(
@@ -253,7 +256,7 @@ class QuantizedLinear(nn.Module):
             got = None
             if scale.dtype != torch.float32 or list(scale.shape) != [self.out_features]:
                 got = f"{scale.dtype} {list(scale.shape)}"
-            elif not bool((scale.isfinite() & (scale > 0)).all()):
+            elif not scale.is_meta and not bool((scale.isfinite() & (scale > 0)).all()):
                 got = "a zero, negative or non-finite scale"
             if got:
                 problems.append(
