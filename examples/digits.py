@@ -84,7 +84,7 @@ def bundled_digits() -> Digits:
 def mnist(folder: Path) -> Digits:
     """MNIST's own four files, as downloaded (``train-images-idx3-ubyte``, with or without .gz)."""
 
-    def read(name: str, header: int) -> np.ndarray:
+    def read(name: str, header: int, magic: int) -> np.ndarray:
         plain, packed = folder / name, folder / f"{name}.gz"
         if packed.exists():
             raw = gzip.decompress(packed.read_bytes())
@@ -92,14 +92,18 @@ def mnist(folder: Path) -> Digits:
             raw = plain.read_bytes()
         else:
             sys.exit(f"digits: --mnist: expected {plain} or {packed.name} beside it, found neither")
+        if int.from_bytes(raw[:4], "big") != magic:
+            sys.exit(
+                f"digits: --mnist: expected an idx file of MNIST in {name}, got something else"
+            )
         return np.frombuffer(raw, np.uint8, offset=header)
 
     def images(name: str) -> Tensor:
-        pixels = read(name, header=16).reshape(-1, 1, 28, 28)
+        pixels = read(name, header=16, magic=0x803).reshape(-1, 1, 28, 28)
         return torch.from_numpy(pixels.astype(np.float32) / 255)
 
     def labels(name: str) -> Tensor:
-        return torch.from_numpy(read(name, header=8).astype(np.int64))
+        return torch.from_numpy(read(name, header=8, magic=0x801).astype(np.int64))
 
     return Digits(
         images("train-images-idx3-ubyte"),

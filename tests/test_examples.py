@@ -44,3 +44,9 @@ def test_mnist_files(digits, tmp_path, packed):
 def test_mnist_folder_without_files(digits, tmp_path):
     with pytest.raises(SystemExit, match=r"--mnist: expected .*train-images-idx3-ubyte"):
         digits.mnist(tmp_path)
+
+
+def test_foreign_file_in_the_mnist_folder(digits, tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"<html>not found</html>")
+    with pytest.raises(SystemExit, match="expected an idx file of MNIST"):
+        digits.mnist(tmp_path)

@@ -415,3 +415,22 @@ def test_step_inside_torch_compile():
             run()
         assert torch.equal(eager.grad_norm, graph.grad_norm)
     assert_same(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_the_same_parameter_twice_is_refused():
+    param = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="expected each parameter once"):
+        tw.optim.AdamW([param, param])
+    optimizer = tw.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="expected each parameter once"):
+        optimizer.add_param_group({"params": [param, param]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_foreign_entries_of_a_state_are_left_alone():
+    optimizer = tw.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    state = optimizer.state_dict()
+    state["state"] = {"ema": 0.99, "of somebody else": {"step": "two"}}
+    optimizer.load_state_dict(state)
+    assert optimizer.state["ema"] == 0.99

@@ -169,6 +169,24 @@ class AdamW(torch.optim.AdamW):
         # torch sets this for fused=True. A GradScaler that sees it leaves the unscaling to step().
         self._step_supports_amp_scaling = False
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Args:
+            param_group: as :meth:`torch.optim.Optimizer.add_param_group` takes it.
+
+        Raises:
+            ValueError: a parameter is in the group twice, or in another group.
+        """
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        if len({*map(id, params)}) < len(params):
+            del self.param_groups[-1]
+            raise ValueError(
+                "torchweld.optim.AdamW steps all parameters of a group at once: "
+                "expected each parameter once, got one twice"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
@@ -179,9 +197,12 @@ class AdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for param, values in self.state.items():
-            if "step" in values:
+            if not isinstance(values, dict):
+                continue  # somebody else's, which torch loads as it is
+            step = values.get("step")
+            if isinstance(step, Tensor):
                 # torch keeps it in float64 where that is the default dtype, and on the GPU.
-                values["step"] = values["step"].to(param.device, torch.float32)
+                values["step"] = step.to(param.device, torch.float32)
             for name in _MOMENTS:
                 # The memory format of the model that saved the state may have been another one.
                 # Only speed depends on it, so a misfit is left for step() to report.

@@ -308,6 +308,11 @@ class ConvReLU2d(nn.Module):
                 shift = shift + bn.bias.double()
             weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight)
             shift = shift.to(conv.weight)
+        if not (weight.isfinite().all() and shift.isfinite().all()):
+            raise ValueError(
+                f"ConvReLU2d.from_float: expected folded weights that are finite in {weight.dtype}, "
+                "got infinity or NaN; fold in a wider dtype"
+            )
         module = cls(
             weight, shift, conv.stride, _both_sides(conv), conv.dilation, conv.groups,
             conv.padding_mode, activation, negative_slope,
