@@ -93,9 +93,7 @@ def mnist(folder: Path) -> Digits:
         else:
             sys.exit(f"digits: --mnist: expected {plain} or {packed.name} beside it, found neither")
         if int.from_bytes(raw[:4], "big") != magic:
-            sys.exit(
-                f"digits: --mnist: expected an idx file of MNIST in {name}, got something else"
-            )
+            sys.exit(f"digits: --mnist: {name}: expected an idx file of MNIST, got another")
         return np.frombuffer(raw, np.uint8, offset=header)
 
     def images(name: str) -> Tensor:

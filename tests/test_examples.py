@@ -48,5 +48,5 @@ def test_mnist_folder_without_files(digits, tmp_path):
 
 def test_foreign_file_in_the_mnist_folder(digits, tmp_path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"<html>not found</html>")
-    with pytest.raises(SystemExit, match="expected an idx file of MNIST"):
+    with pytest.raises(SystemExit, match="expected an idx file of MNIST, got another"):
         digits.mnist(tmp_path)
