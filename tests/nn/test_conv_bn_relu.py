@@ -336,5 +336,5 @@ def test_fold_that_overflows_its_dtype_is_refused():
     conv, bn = nn.Conv2d(1, 1, 1).half(), nn.BatchNorm2d(1)
     bn.running_var.fill_(1e-30)
     bn.eps = 0.0
-    with pytest.raises(ValueError, match="finite in torch.float16"):
+    with pytest.raises(ValueError, match=r"finite in torch\.float16"):
         tw.nn.ConvReLU2d.from_float(conv, bn.eval())

@@ -310,8 +310,8 @@ class ConvReLU2d(nn.Module):
             shift = shift.to(conv.weight)
         if not (weight.isfinite().all() and shift.isfinite().all()):
             raise ValueError(
-                f"ConvReLU2d.from_float: expected folded weights that are finite in {weight.dtype}, "
-                "got infinity or NaN; fold in a wider dtype"
+                "ConvReLU2d.from_float: expected folded weights that are finite in "
+                f"{weight.dtype}, got infinity or NaN; fold in a wider dtype"
             )
         module = cls(
             weight, shift, conv.stride, _both_sides(conv), conv.dilation, conv.groups,
