@@ -26,63 +26,61 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   // what the backward needs (the convolution's output, mean, 1 / sqrt(var + eps)) and the biased
   // variance, which update_running_stats needs and a small one could not be got back from invstd.
   m.def(
-      "conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
-      "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, float eps, str "
-      "activation, float negative_slope) -> (Tensor output, Tensor conv_output, Tensor mean, "
-      "Tensor "
-      "invstd, Tensor var)");
+      "conv_bn_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, "
+      "Tensor? bn_bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
+      "int groups, float eps, str activation, float negative_slope) -> (Tensor output, "
+      "Tensor conv_output, Tensor mean, Tensor invstd, Tensor var)");
   // Gradients for input, weight, bias, bn_weight, bn_bias and residual; those whose output_mask is
   // false are not computed, and an empty tensor stands in their place. bias gets zeros: batch
   // statistics cancel it.
   m.def(
       "conv_bn_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bn_weight, "
-      "Tensor? bn_bias, Tensor? residual, Tensor conv_output, Tensor mean, Tensor invstd, int[] "
-      "stride, int[] padding, int[] dilation, int groups, str activation, float negative_slope, "
-      "bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bn_bias, Tensor? residual, Tensor conv_output, Tensor mean, Tensor invstd, "
+      "int[] stride, int[] padding, int[] dilation, int groups, str activation, "
+      "float negative_slope, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   // The same with running statistics, which get no gradient.
   m.def(
-      "conv_bn_relu_frozen(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? "
-      "bn_bias, Tensor running_mean, Tensor running_var, Tensor? residual, int[] stride, int[] "
-      "padding, int[] dilation, int groups, float eps, str activation, float negative_slope) -> "
-      "(Tensor output, Tensor conv_output)");
+      "conv_bn_relu_frozen(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, "
+      "Tensor? bn_bias, Tensor running_mean, Tensor running_var, Tensor? residual, int[] stride, "
+      "int[] padding, int[] dilation, int groups, float eps, str activation, "
+      "float negative_slope) -> (Tensor output, Tensor conv_output)");
   m.def(
-      "conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? "
-      "bn_weight, Tensor? bn_bias, Tensor running_mean, Tensor running_var, Tensor? residual, "
-      "Tensor "
-      "conv_output, int[] stride, int[] padding, int[] dilation, int groups, float eps, str "
-      "activation, float negative_slope, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor)");
+      "conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor weight, "
+      "Tensor? bn_weight, Tensor? bn_bias, Tensor running_mean, Tensor running_var, "
+      "Tensor? residual, Tensor conv_output, int[] stride, int[] padding, int[] dilation, "
+      "int groups, float eps, str activation, float negative_slope, bool[] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // activation(conv(input) + residual), batch norm folded into weight and bias. No gradient.
   m.def(
-      "conv_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] "
-      "padding, int[] dilation, int groups, str activation, float negative_slope) -> Tensor");
+      "conv_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
+      "int[] padding, int[] dilation, int groups, str activation, float negative_slope) "
+      "-> Tensor");
   // running <- (1 - momentum) * running + momentum * batch, with the unbiased variance. count is
   // the values per channel; 0 changes nothing.
   m.def(
-      "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor "
-      "var, SymInt count, float momentum) -> ()");
+      "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
+      "Tensor var, SymInt count, float momentum) -> ()");
   // Values per channel (float64 [1]), their mean, and the sum of squared deviations from it: what
   // processes exchange to normalize with the statistics of all of them.
   m.def("batch_norm_stats(Tensor input) -> (Tensor count, Tensor mean, Tensor m2)");
   // activation(batch_norm(input) + residual) with given statistics.
   m.def(
-      "batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, Tensor? bn_weight, Tensor? "
-      "bn_bias, "
-      "Tensor? residual, str activation, float negative_slope) -> Tensor");
+      "batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, Tensor? bn_weight, "
+      "Tensor? bn_bias, Tensor? residual, str activation, float negative_slope) -> Tensor");
   // With g = grad_output * activation': sum of g (the gradient of bn_bias) and of g * xhat (that of
   // bn_weight) over this process's values.
   m.def(
-      "batch_norm_relu_backward_reduce(Tensor grad_output, Tensor input, Tensor mean, Tensor "
-      "invstd, "
-      "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, str activation, float negative_slope) "
-      "-> (Tensor sum_g, Tensor sum_g_xhat)");
+      "batch_norm_relu_backward_reduce(Tensor grad_output, Tensor input, Tensor mean, "
+      "Tensor invstd, Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, str activation, "
+      "float negative_slope) -> (Tensor sum_g, Tensor sum_g_xhat)");
   // Gradients for input and residual (empty without one), given both sums and the count of values
   // per channel (float64 [1]) over all processes.
   m.def(
       "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, "
       "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, Tensor sum_g, Tensor sum_g_xhat, "
-      "Tensor "
-      "count, str activation, float negative_slope) -> (Tensor grad_input, Tensor grad_residual)");
+      "Tensor count, str activation, float negative_slope) -> (Tensor grad_input, "
+      "Tensor grad_residual)");
 
   // activation(input @ (weight_scale * weight)^T + bias) with every row of input quantized on the
   // fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the output has its
