@@ -330,11 +330,3 @@ def test_folding_silent_channels_and_own_memory():
     assert torch.equal(folded(make_input()), torch.zeros(3, 6, 5, 5))
     assert torch.equal(copy.deepcopy(folded).bias, torch.zeros(6))
     assert folded.weight.data_ptr() != conv.weight.data_ptr()
-
-
-def test_fold_that_overflows_its_dtype_is_refused():
-    conv, bn = nn.Conv2d(1, 1, 1).half(), nn.BatchNorm2d(1)
-    bn.running_var.fill_(1e-30)
-    bn.eps = 0.0
-    with pytest.raises(ValueError, match=r"finite in torch\.float16"):
-        tw.nn.ConvReLU2d.from_float(conv, bn.eval())

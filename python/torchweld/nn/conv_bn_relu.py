@@ -284,8 +284,8 @@ class ConvReLU2d(nn.Module):
 
         Raises:
             TypeError: if one is not the stock class or has a forward of its own.
-            ValueError: if ``bn`` has no running statistics, if the channels do not fit, if the
-                folded weights are not finite, or if ``activation`` is unknown.
+            ValueError: if ``bn`` has no running statistics, if the channels do not fit, or if
+                ``activation`` is unknown.
         """
         _check_modules("ConvReLU2d.from_float", conv, bn)
         if bn.running_mean is None or bn.running_var is None:
@@ -308,11 +308,6 @@ class ConvReLU2d(nn.Module):
                 shift = shift + bn.bias.double()
             weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight)
             shift = shift.to(conv.weight)
-        if not (weight.isfinite().all() and shift.isfinite().all()):
-            raise ValueError(
-                "ConvReLU2d.from_float: expected folded weights that are finite in "
-                f"{weight.dtype}, got infinity or NaN; fold in a wider dtype"
-            )
         module = cls(
             weight, shift, conv.stride, _both_sides(conv), conv.dilation, conv.groups,
             conv.padding_mode, activation, negative_slope,
