@@ -85,22 +85,26 @@ class Tiling {
     template <class F>
     Coefficients(const Tiling& tiling, const F& value)
         : size_(size_of(tiling.dtype_) == 8 ? 8 : 4),
-          data_(size_ * (tiling.columns_ + kernels::kColumnGroup)) {
+          lines_(size_ * (tiling.columns_ + kernels::kColumnGroup) / sizeof(Line) + 1) {
       for (int64_t c = 0; c < tiling.channels_; ++c) {
         for (int64_t k = c; k < tiling.columns_; k += tiling.channels_) {
           if (size_ == 8) {
-            reinterpret_cast<double*>(data_.data())[k] = value(c);
+            reinterpret_cast<double*>(lines_.data())[k] = value(c);
           } else {
-            reinterpret_cast<float*>(data_.data())[k] = static_cast<float>(value(c));
+            reinterpret_cast<float*>(lines_.data())[k] = static_cast<float>(value(c));
           }
         }
       }
     }
-    const void* at(int64_t column) const { return data_.data() + size_ * column; }
+    const void* at(int64_t column) const { return lines_.data()->bytes + size_ * column; }
 
    private:
+    // A register loaded across two cache lines costs twice; these are loaded for every row.
+    struct alignas(64) Line {
+      std::byte bytes[64];
+    };
     int64_t size_;
-    std::vector<std::byte> data_;
+    std::vector<Line> lines_;
   };
 
  private:
