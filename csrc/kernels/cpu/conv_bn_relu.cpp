@@ -83,6 +83,7 @@ void statistics(const void* data, const Runs& runs, double* mean, double* m2) {
     for (int64_t j = 0; j < registers; ++j) sums[j] = Vec{};
     for (int64_t run = 0; run < tile.count; ++run) {
       for_each_register<C::kLanes>(tile.size, [&](int64_t i, int p, auto part) {
+        prefetch(begin + run * tile.stride + i);
         sums[C::index(i, p)] += load(begin + run * tile.stride + i, part);
       });
     }
@@ -132,6 +133,7 @@ struct Normalize {
   // come here, so the backward sees the very z the forward activated.
   template <class P>
   Vec normalized(int64_t run, int64_t offset, P part, Vec& d) const {
+    prefetch(x + run + offset);
     d = load(x + run + offset, part) - C::coefficient(columns.mean, offset);
     Vec z = fma(d, C::coefficient(columns.scale, offset), C::coefficient(columns.shift, offset));
     if (residual != nullptr) z = z + load(residual + run + offset, part);
@@ -175,6 +177,7 @@ void reduce(const NormalizeArguments& a, double* first, double* second) {
         const int64_t j = C::index(i, p);
         Vec d;
         const Vec z = round_to<T>(op.normalized(run, i, part, d));
+        prefetch(grad_y + run + i);
         const Vec g = keep(op.activate.gradient(load(grad_y + run + i, part), z), part);
         sums[j] += g;
         products[j] = fma(g, d, products[j]);
@@ -200,6 +203,7 @@ void apply(const NormalizeArguments& a) {
     for_each_register<C::kLanes>(a.runs.size, [&](int64_t i, int, auto part) {
       Vec d;
       const Vec z = round_to<T>(op.normalized(run, i, part, d));
+      prefetch(grad_y + run + i);
       const Vec g = op.activate.gradient(load(grad_y + run + i, part), z);
       if (grad_residual != nullptr) store(grad_residual + run + i, g, part);
       if (grad_x != nullptr) {
