@@ -262,6 +262,26 @@ inline void store_partial(T* p, typename Math<T>::Vec v, int64_t count) {
   memcpy(p, buffer, (size_t)count * sizeof(T));
 }
 
+#if defined(__AVX512F__)
+inline VecF load_partial(const float* p, int64_t count) {
+  return (VecF)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+}
+inline void store_partial(float* p, VecF v, int64_t count) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lane);
+}
+inline VecF load_partial(const float* p, int64_t count) {
+  return (VecF)_mm256_maskload_ps(p, first_lanes(count));
+}
+inline void store_partial(float* p, VecF v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
+}
+#endif
+
 // The lanes in double, lower half first.
 inline void widen(VecD v, VecD (&out)[1]) { out[0] = v; }
 inline void widen(VecF v, VecD (&out)[2]) {

@@ -2,11 +2,10 @@
 #pragma once
 
 #include "ops/conv_bn_relu.h"
+#include "ops/cpu/block_moments.h"
 #include "ops/cpu/tiling.h"
 
 namespace torchweld::ops {
-
-using Channels = std::vector<double>;  // one value per channel
 
 // What normalize and its backward need besides tensors of the output's size.
 struct BatchNorm {
@@ -15,12 +14,6 @@ struct BatchNorm {
   double negative_slope;
 
   double scale(int64_t c) const { return weight[c] * invstd[c]; }
-};
-
-// Values per channel, their mean, and the sum of squared deviations from it.
-struct Moments {
-  double count;
-  Channels mean, m2;
 };
 
 Moments moments(const Tensor& x);

@@ -1,0 +1,163 @@
+#include "kernels/gemm.h"
+
+#include "kernels/cpu/loop.h"
+
+namespace torchweld::kernels::TORCHWELD_ISA {
+namespace {
+
+// A tile of c lives in registers: kRows x kVectors of them, which leaves room for a row of b and
+// one broadcast of a. 24 to 28 accumulators of 32 registers hide the latency of two FMA units; with
+// 16 registers it is 12.
+#if defined(__AVX512F__)
+inline constexpr int kMaxVectors = 4;
+template <int kVectors>
+inline constexpr int kTileRows = kVectors == 4   ? 6
+                                 : kVectors == 3 ? 8
+                                 : kVectors == 2 ? 12
+                                                 : 14;
+#else
+inline constexpr int kMaxVectors = 2;
+template <int kVectors>
+inline constexpr int kTileRows = kVectors == 2 ? 6 : 12;
+#endif
+
+// Vector v of a row of which only the last vector may be a part.
+template <int kVectors, bool kPart, class T>
+__attribute__((always_inline)) inline VecF load_column(const T* p, int v, Part last) {
+  if (kPart && v + 1 == kVectors) return load(p + v * kLanesF, last);
+  return load(p + v * kLanesF);
+}
+
+template <int kRows, int kVectors, bool kPart>
+__attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t column) {
+  const Part last{g.columns - column - (kVectors - 1) * kLanesF};
+  const int64_t a_row = g.a_row, a_step = g.a_step, b_row = g.b_row;
+  float* c = g.c + row * g.c_row + column;
+  VecF sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sums[i][v] = VecF{};
+      if (g.accumulate) sums[i][v] = load_column<kVectors, kPart>(c + i * g.c_row, v, last);
+    }
+  }
+
+  const float* b = g.b + column;
+  for (int64_t run = 0; run < g.runs; ++run) {
+    // One pointer for every three rows: x86 addresses reach base, base + row and base + 2 * row.
+    constexpr int kPointers = (kRows + 2) / 3;
+    const float* a[kPointers];
+#pragma GCC unroll 8
+    for (int p = 0; p < kPointers; ++p) {
+      a[p] = g.a[run] + (row + 3 * p) * a_row;
+      asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
+    }
+    for (int64_t k = 0; k < g.depth; ++k) {
+      VecF columns[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) columns[v] = load_column<kVectors, kPart>(b, v, last);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const VecF value = broadcast<VecF>(a[i / 3][(i % 3) * a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(value, columns[v], sums[i][v]);
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < kPointers; ++p) a[p] += a_step;
+      b += b_row;
+    }
+  }
+
+  const Epilogue& e = g.epilogue;
+  const VecF low = broadcast<VecF>(e.low), high = broadcast<VecF>(e.high);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      VecF value = sums[i][v];
+      if (e.bias != nullptr) value += load_column<kVectors, kPart>(e.bias + column, v, last);
+      if (e.residual != nullptr) {
+        const float* residual = e.residual + (row + i) * g.c_row + column;
+        value += load_column<kVectors, kPart>(residual, v, last);
+      }
+      value = value < low ? low : value;
+      value = value > high ? high : value;
+      float* to = c + i * g.c_row + v * kLanesF;
+      if (kPart && v + 1 == kVectors) {
+        store(to, value, last);
+      } else {
+        store(to, value);
+      }
+    }
+  }
+}
+
+// Tiles of kRows rows from `row` on, and the rest with smaller ones.
+template <int kRows, int kVectors, bool kPart>
+int64_t tiles(const GemmArguments& g, int64_t row, int64_t column) {
+  for (; row + kRows <= g.rows; row += kRows) tile<kRows, kVectors, kPart>(g, row, column);
+  return row;
+}
+
+template <int kVectors, bool kPart>
+void columns(const GemmArguments& g, int64_t column) {
+  constexpr int kRows = kTileRows<kVectors>;
+  int64_t row = tiles<kRows, kVectors, kPart>(g, 0, column);
+  if constexpr (kRows > 8) row = tiles<8, kVectors, kPart>(g, row, column);
+  if constexpr (kRows > 4) row = tiles<4, kVectors, kPart>(g, row, column);
+  row = tiles<2, kVectors, kPart>(g, row, column);
+  tiles<1, kVectors, kPart>(g, row, column);
+}
+
+template <int kVectors>
+void columns(const GemmArguments& g, int64_t column, bool part) {
+  if (part) {
+    columns<kVectors, true>(g, column);
+  } else {
+    columns<kVectors, false>(g, column);
+  }
+}
+
+void gemm(const GemmArguments& g) {
+  for (int64_t column = 0; column < g.columns; column += kMaxVectors * kLanesF) {
+    const int64_t left = g.columns - column;
+    const int64_t vectors = (left + kLanesF - 1) / kLanesF;
+    const bool part = vectors <= kMaxVectors && left % kLanesF != 0;
+#if defined(__AVX512F__)
+    if (vectors >= 4) {
+      columns<4>(g, column, part);
+      continue;
+    }
+    if (vectors == 3) {
+      columns<3>(g, column, part);
+      continue;
+    }
+#endif
+    if (vectors >= 2) {
+      columns<2>(g, column, part);
+    } else {
+      columns<1>(g, column, part);
+    }
+  }
+}
+
+void pack(const float* weight, int64_t row, int64_t columns, int64_t depth, float* packed,
+          int64_t width) {
+  // Sixteen rows at a time: their cache lines are used up while they are there.
+  for (int64_t first = 0; first < width; first += kPanelGroup) {
+    const int64_t here = columns - first;
+    for (int64_t k = 0; k < depth; ++k) {
+      float* to = packed + k * width + first;
+      const float* from = weight + first * row + k;
+      for (int64_t j = 0; j < kPanelGroup; ++j) to[j] = j < here ? from[j * row] : 0.0f;
+    }
+  }
+}
+
+}  // namespace
+
+extern const GemmKernels gemm_kernels;
+const GemmKernels gemm_kernels{.gemm = gemm, .pack = pack};
+
+}  // namespace torchweld::kernels::TORCHWELD_ISA

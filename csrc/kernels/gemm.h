@@ -1,0 +1,59 @@
+// The product every dense convolution comes down to: rows of activations times a panel of columns.
+//
+// Forward, its gradients and Winograd's 36 products differ only in what the strides mean:
+//   1x1 forward      c = output pixels,   a = input pixels (step 1),         b = packed weights
+//   k x k forward    one run per kernel row: its pixels and channels are contiguous in memory
+//   weight gradient  c = weights,         a = input pixels across (row 1),   b = output gradients
+#pragma once
+
+#include <cstdint>
+
+namespace torchweld::kernels {
+
+// Columns of a full panel. Packed weights are panels of this width, the last one as wide as is left
+// rounded up to kPanelGroup, with zeros: the same bytes for every instruction set.
+inline constexpr int64_t kPanel = 64;
+inline constexpr int64_t kPanelGroup = 16;
+
+// What is done to a result on its way to memory: + bias, + residual, then clamped to [low, high].
+// A NaN passes the clamp. Without a clamp the bounds are infinite.
+struct Epilogue {
+  const float* bias = nullptr;      // per column, or null
+  const float* residual = nullptr;  // laid out as c, or null
+  float low = -__builtin_inff();
+  float high = __builtin_inff();
+};
+
+// c[i * c_row + j] = epilogue(start + sum over r, k of a[r][i * a_row + k * a_step]
+//                                                      * b[(r * depth + k) * b_row + j])
+// where start is 0, or c where `accumulate`. Each element is one chain of fused multiply-adds in
+// the order of r, then k: the same bits on every instruction set.
+struct GemmArguments {
+  int64_t rows;     // of c
+  int64_t columns;  // of c, at most kPanel
+  const float* const* a;
+  int64_t runs;   // pointers in a
+  int64_t depth;  // steps of a run
+  int64_t a_row;
+  int64_t a_step;
+  const float* b;  // only `columns` of a row are read
+  int64_t b_row;
+  float* c;  // only `columns` of a row are written
+  int64_t c_row;
+  bool accumulate;
+  Epilogue epilogue;
+};
+
+using GemmKernel = void (*)(const GemmArguments& arguments);
+
+// packed[k * width + j] = weight[j * row + k] for k < depth, j < columns; zero for j < width beyond
+// them. A panel of packed weights from a matrix whose rows lie along the depth.
+using PackKernel = void (*)(const float* weight, int64_t row, int64_t columns, int64_t depth,
+                            float* packed, int64_t width);
+
+struct GemmKernels {
+  GemmKernel gemm;
+  PackKernel pack;
+};
+
+}  // namespace torchweld::kernels
