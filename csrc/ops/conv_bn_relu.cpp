@@ -74,9 +74,7 @@ void check_doubles(const char* op, const char* argument, const Tensor& tensor, i
   check_cpu(op, argument, tensor);
 }
 
-IntList check_convolution(const char* op, const Tensor& input, const Tensor& weight,
-                          const OptionalTensor& bias, const Convolution& conv) {
-  check_activations(op, "input", input);
+void check_weight(const char* op, const Tensor& weight, const Convolution& conv) {
   check_pair(op, "stride", conv.stride, 1);
   check_pair(op, "padding", conv.padding, 0);
   check_pair(op, "dilation", conv.dilation, 1);
@@ -85,6 +83,13 @@ IntList check_convolution(const char* op, const Tensor& input, const Tensor& wei
                   ops::shape_string(weight));
   TORCHWELD_CHECK(conv.groups > 0 && weight.size(0) % conv.groups == 0, op, "groups",
                   "a divisor of the " << weight.size(0) << " output channels", conv.groups);
+  check_cpu(op, "weight", weight);
+}
+
+IntList check_convolution(const char* op, const Tensor& input, const Tensor& weight,
+                          const OptionalTensor& bias, const Convolution& conv) {
+  check_activations(op, "input", input);
+  check_weight(op, weight, conv);
   TORCHWELD_CHECK(input.size(1) == weight.size(1) * conv.groups, op, "input",
                   weight.size(1) * conv.groups << " channels, as weight "
                                                << ops::shape_string(weight) << " with groups "

@@ -19,6 +19,9 @@ kernels::Activation to_activation(const char* op, const std::string& name);
 IntList check_convolution(const char* op, const Tensor& input, const Tensor& weight,
                           const OptionalTensor& bias, const Convolution& conv);
 
+// Throws unless the weight and the arguments can be those of a convolution.
+void check_weight(const char* op, const Tensor& weight, const Convolution& conv);
+
 // Throws unless x is a 4-D tensor of a supported dtype on the CPU.
 void check_activations(const char* op, const char* argument, const Tensor& x);
 

@@ -52,9 +52,16 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "int groups, float eps, str activation, float negative_slope, bool[] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // activation(conv(input) + residual), batch norm folded into weight and bias. No gradient.
+  // packed_weight is what conv_relu_pack made of this very weight: it saves the packing, where the
+  // algorithm chosen for this input is the one it was packed for.
   m.def(
-      "conv_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
-      "int[] padding, int[] dilation, int groups, str activation, float negative_slope) "
+      "conv_relu(Tensor input, Tensor weight, Tensor? packed_weight, Tensor? bias, "
+      "Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, "
+      "str activation, float negative_slope) -> Tensor");
+  // The weight as the algorithm expected to be fastest reads it: float32 [1, 1, 1, L], the same for
+  // every instruction set; L is 0 where that algorithm is ATen's.
+  m.def(
+      "conv_relu_pack(Tensor weight, int[] stride, int[] padding, int[] dilation, int groups) "
       "-> Tensor");
   // running <- (1 - momentum) * running + momentum * batch, with the unbiased variance. count is
   // the values per channel; 0 changes nothing.

@@ -3,6 +3,7 @@
 from torchweld import _dispatch as _dispatch
 from torchweld import nn, ops, optim
 from torchweld._C import __version__
+from torchweld._config import config
 from torchweld._library import cmake_prefix_path
 from torchweld.convert import unweld, weld
 from torchweld.export import export
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "__version__",
     "cmake_prefix_path",
+    "config",
     "export",
     "info",
     "nn",

@@ -443,7 +443,7 @@ def samples():
         yield f"{name}-conv_bn_relu", (x, weight, f[2], f[0], f[1], r, *conv, 1e-5, *y)
         yield f"{name}-conv_bn_relu", (x, weight, None, None, None, None, *conv, 1e-5, *y)
         yield f"{name}-conv_bn_relu_frozen", (x, weight, None, *f, r, *conv, 1e-5, *y)
-        yield f"{name}-conv_relu", (x.detach(), weight.detach(), f[2], None, *conv, *y)
+        yield f"{name}-conv_relu", (x.detach(), weight.detach(), None, f[2], None, *conv, *y)
         if name == "empty":
             continue
         x, w, r, f0, f1 = (t.detach() for t in (x, weight, r, f[0], f[1]))

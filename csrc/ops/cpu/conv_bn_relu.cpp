@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "ops/check.h"
-#include "ops/cpu/normalize.h"
+#include "ops/cpu/convolve.h"
 
 namespace torchweld::ops {
 namespace {
@@ -43,14 +43,6 @@ Tensor nothing(const Tensor& like) {
   return torch::stable::new_empty(like, {&size, 1});
 }
 
-// A tensor the kernels can walk: contiguous or channels_last.
-Tensor dense(const Tensor& x) {
-  using torch::headeronly::MemoryFormat;
-  if (x.is_contiguous()) return x;
-  return torch::stable::contiguous(
-      x, x.stride(1) == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 BatchNorm batch_norm(const char* op, int64_t channels, Channels mean, Channels invstd,
                      const OptionalTensor& weight, const OptionalTensor& bias,
                      const std::string& activation, double negative_slope) {
@@ -84,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
   to_activation(op, activation);
 
   const NoGradGuard no_grad;
-  const Tensor conv_output = dense(aten::convolution(input, weight, bias, conv));
-  const Moments m = moments(conv_output);
+  Moments m;
+  const Tensor conv_output = convolve(input, weight, bias, conv, &m);
   Channels var = m.m2;
   for (double& v : var) v /= m.count > 0 ? m.count : 1;
   const BatchNorm bn = batch_norm(op, shape[1], m.mean, inverse_std(var, eps), bn_weight, bn_bias,
@@ -115,28 +107,30 @@ std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, Opti
                                   inverse_std(read_channels(running_var, shape[1]), eps), bn_weight,
                                   bn_bias, activation, negative_slope);
   const NoGradGuard no_grad;
-  const Tensor conv_output = dense(aten::convolution(input, weight, bias, conv));
+  const Tensor conv_output = convolve(input, weight, bias, conv, nullptr);
   const Tensor output = empty_as(conv_output);
   Normalization(conv_output, bn, residual).forward(output);
   return {output, conv_output};
 }
 
-Tensor conv_relu(Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor residual,
-                 IntList stride, IntList padding, IntList dilation, int64_t groups,
-                 String activation, double negative_slope) {
+Tensor conv_relu(Tensor input, Tensor weight, OptionalTensor packed_weight, OptionalTensor bias,
+                 OptionalTensor residual, IntList stride, IntList padding, IntList dilation,
+                 int64_t groups, String activation, double negative_slope) {
   const char* op = "conv_relu";
   const Convolution conv{stride, padding, dilation, groups};
   const IntList shape = check_convolution(op, input, weight, bias, conv);
   check_same(op, "residual", residual, shape, input);
-  const BatchNorm bn = batch_norm(op, shape[1], Channels(shape[1]), Channels(shape[1], 1), {}, {},
-                                  activation, negative_slope);
-
+  const kernels::Activation act = to_activation(op, activation);
   const NoGradGuard no_grad;
-  const Tensor output = dense(aten::convolution(input, weight, bias, conv));
-  if (residual || bn.activation != kernels::Activation::identity) {
-    Normalization(output, bn, residual).forward(output);
-  }
-  return output;
+  return convolve(input, weight, packed_weight, bias, residual, conv, act, negative_slope);
+}
+
+Tensor conv_relu_pack(Tensor weight, IntList stride, IntList padding, IntList dilation,
+                      int64_t groups) {
+  const Convolution conv{stride, padding, dilation, groups};
+  check_weight("conv_relu_pack", weight, conv);
+  const NoGradGuard no_grad;
+  return pack_weight(weight, conv);
 }
 
 // --- backward ------------------------------------------------------------------------------------
@@ -183,18 +177,17 @@ Gradients backward(const char* op, const Tensor& grad_output, const Tensor& inpu
     grad_bn_bias = to_tensor(sums.g, bn_bias ? bn_bias->scalar_type() : input.scalar_type());
   }
   if (output_mask[5]) grad_residual = empty_as(conv_output);
-  if (conv_grad || output_mask[5]) {
-    const Tensor grad_conv = conv_grad ? empty_as(conv_output) : conv_output;
-    const double count = static_cast<double>(shape[0] * shape[2] * shape[3]);
-    normalization.apply(grad_y, frozen || !conv_grad ? nullptr : &sums, count,
-                        conv_grad ? &grad_conv : nullptr,
-                        output_mask[5] ? &grad_residual : nullptr);
-    if (conv_grad) {
-      auto [for_input, for_weight] = aten::convolution_backward(grad_conv, input, weight, conv,
-                                                                output_mask[0], output_mask[1]);
-      if (output_mask[0]) grad_input = for_input;
-      if (output_mask[1]) grad_weight = for_weight;
-    }
+  const double count = static_cast<double>(shape[0] * shape[2] * shape[3]);
+  const Normalization::Gradient gradient(normalization, grad_y,
+                                         frozen || !conv_grad ? nullptr : &sums, count,
+                                         output_mask[5] ? &grad_residual : nullptr);
+  if (conv_grad) {
+    auto [for_input, for_weight] =
+        convolve_backward(gradient, input, weight, conv, output_mask[0], output_mask[1]);
+    if (output_mask[0]) grad_input = for_input;
+    if (output_mask[1]) grad_weight = for_weight;
+  } else if (output_mask[5]) {
+    gradient.residual();
   }
   return gradients;
 }
@@ -285,7 +278,7 @@ void update_running_stats(Tensor running_mean, Tensor running_var, Tensor mean, 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_stats(Tensor input) {
   check_activations("batch_norm_stats", "input", input);
   const NoGradGuard no_grad;
-  const Moments m = moments(dense(input));
+  const Moments m = moments_of(dense(input));
   return {to_tensor({m.count}), to_tensor(m.mean), to_tensor(m.m2)};
 }
 
@@ -345,13 +338,14 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor i
   check_doubles(op, "count", count, 1);
   const NoGradGuard no_grad;
   const Tensor x = dense(input);
-  const Tensor grad_input = empty_as(x);
+  const Tensor grad_y = laid_out_as(x, grad_output);
   const Tensor grad_residual = residual ? empty_as(x) : nothing(x);
   const Sums sums{read_channels(sum_g, channels), read_channels(sum_g_xhat, channels)};
-  Normalization(x, bn, residual)
-      .apply(laid_out_as(x, grad_output), &sums, *count.const_data_ptr<double>(), &grad_input,
-             residual ? &grad_residual : nullptr);
-  return {grad_input, grad_residual};
+  const Normalization normalization(x, bn, residual);
+  const Normalization::Gradient gradient(normalization, grad_y, &sums,
+                                         *count.const_data_ptr<double>(),
+                                         residual ? &grad_residual : nullptr);
+  return {gradient.all(), grad_residual};
 }
 
 }  // namespace
@@ -362,6 +356,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
   m.impl("conv_bn_relu_frozen", TORCH_BOX(&conv_bn_relu_frozen));
   m.impl("conv_bn_relu_frozen_backward", TORCH_BOX(&conv_bn_relu_frozen_backward));
   m.impl("conv_relu", TORCH_BOX(&conv_relu));
+  m.impl("conv_relu_pack", TORCH_BOX(&conv_relu_pack));
   m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
   m.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats));
   m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));

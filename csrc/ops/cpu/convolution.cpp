@@ -13,10 +13,7 @@ using torch::headeronly::MemoryFormat;
 std::vector<const ConvolutionAlgorithm*> algorithms() { return {}; }
 
 const ConvolutionAlgorithm& algorithm_named(const char* op, const std::string& name) {
-  const ConvolutionAlgorithm* found = nullptr;
-  for (const ConvolutionAlgorithm* algorithm : algorithms()) {
-    if (algorithm->name() == name) found = algorithm;
-  }
+  const ConvolutionAlgorithm* found = find_algorithm(name);
   TORCHWELD_CHECK(found != nullptr, op, "algorithm", "the name of one", '"' << name << '"');
   return *found;
 }
@@ -136,6 +133,13 @@ std::tuple<Tensor, Tensor> conv_backward(Tensor grad_output, Tensor input, Tenso
 }
 
 }  // namespace
+
+const ConvolutionAlgorithm* find_algorithm(std::string_view name) {
+  for (const ConvolutionAlgorithm* algorithm : algorithms()) {
+    if (algorithm->name() == name) return algorithm;
+  }
+  return nullptr;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
   m.impl("_conv_forward", TORCH_BOX(&conv_forward));

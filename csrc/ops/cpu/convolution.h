@@ -8,6 +8,7 @@
 #pragma once
 
 #include <functional>
+#include <string_view>
 
 #include "kernels/gemm.h"
 #include "ops/cpu/block_moments.h"
@@ -74,5 +75,8 @@ class ConvolutionAlgorithm {
 const ConvolutionAlgorithm& dense_convolution();      // groups = 1
 const ConvolutionAlgorithm& winograd_convolution();   // 3x3, stride 1, groups = 1
 const ConvolutionAlgorithm& depthwise_convolution();  // one channel to a group
+
+// The algorithm of that name(), or null.
+const ConvolutionAlgorithm* find_algorithm(std::string_view name);
 
 }  // namespace torchweld::ops

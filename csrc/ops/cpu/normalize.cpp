@@ -1,6 +1,7 @@
 #include "ops/cpu/normalize.h"
 
 #include "ops/kernels.h"
+#include "ops/memory.h"
 
 namespace torchweld::ops {
 namespace {
@@ -32,11 +33,10 @@ Tensor laid_out_as(const Tensor& x, const Tensor& tensor) {
 }
 
 Tensor empty_as(const Tensor& x) {
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                              format_of(x));
+  return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), format_of(x));
 }
 
-Moments moments(const Tensor& x) {
+Moments moments_of(const Tensor& x) {
   const Tiling tiling(x);
   const int64_t channels = tiling.channels();
   const auto kernel = cpu_kernels().conv_bn_relu->statistics[static_cast<size_t>(tiling.layout())]
@@ -117,26 +117,59 @@ Sums Normalization::reduce(const Tensor& grad_y) const {
   return sums;
 }
 
-void Normalization::apply(const Tensor& grad_y, const Sums* sums, double count,
-                          const Tensor* grad_x, const Tensor* grad_residual) const {
-  // grad_x = scale * (g - mean(g) - xhat * mean(g * xhat)), with xhat = (d + lost) * invstd.
-  const auto slope = [&](int64_t c) {
-    return sums ? -bn_.scale(c) * bn_.invstd[c] * sums->g_xhat[c] / count : 0.0;
-  };
-  const auto offset = [&](int64_t c) {
-    return sums ? slope(c) * lost(c) - bn_.scale(c) * sums->g[c] / count : 0.0;
-  };
-  const Tiling::Coefficients slopes(tiling_, slope), offsets(tiling_, offset);
-  const auto kernel = pick(cpu_kernels().conv_bn_relu->apply);
-  tiling_.for_each_task([&](const Task& task) {
+Normalization::Gradient::Gradient(const Normalization& normalization, const Tensor& grad_y,
+                                  const Sums* sums, double count, const Tensor* grad_residual)
+    : of_(normalization),
+      grad_y_(grad_y),
+      grad_residual_(grad_residual),
+      frozen_(sums == nullptr),
+      // With xhat = (d + lost) * invstd.
+      slopes_(of_.tiling_,
+              [&](int64_t c) {
+                const BatchNorm& bn = of_.bn_;
+                return sums ? -bn.scale(c) * bn.invstd[c] * sums->g_xhat[c] / count : 0.0;
+              }),
+      offsets_(of_.tiling_,
+               [&](int64_t c) {
+                 if (!sums) return 0.0;
+                 const BatchNorm& bn = of_.bn_;
+                 const double slope = -bn.scale(c) * bn.invstd[c] * sums->g_xhat[c] / count;
+                 return slope * of_.lost(c) - bn.scale(c) * sums->g[c] / count;
+               }),
+      kernel_(of_.pick(cpu_kernels().conv_bn_relu->apply)) {}
+
+NormalizeArguments Normalization::Gradient::arguments(const Task& task) const {
+  NormalizeArguments a = of_.arguments(task);
+  a.columns.slope = frozen_ ? nullptr : slopes_.at(task.column);
+  a.columns.offset = offsets_.at(task.column);
+  a.grad_y = at(grad_y_, task);
+  a.grad_residual = grad_residual_ ? mutable_at(*grad_residual_, task) : nullptr;
+  return a;
+}
+
+void Normalization::Gradient::rows(int64_t first, int64_t count, float* out) const {
+  const int64_t begin = first * of_.tiling_.channels();
+  of_.tiling_.for_each_span(count, [&](Task task) {
+    float* to = out + task.offset;
+    task.offset += begin;
     NormalizeArguments a = arguments(task);
-    a.columns.slope = sums ? slopes.at(task.column) : nullptr;
-    a.columns.offset = offsets.at(task.column);
-    a.grad_y = at(grad_y, task);
-    a.out = grad_x ? mutable_at(*grad_x, task) : nullptr;
-    a.grad_residual = grad_residual ? mutable_at(*grad_residual, task) : nullptr;
-    kernel(a);
+    a.out = to;
+    kernel_(a);
   });
+}
+
+Tensor Normalization::Gradient::all() const {
+  const Tensor grad_x = empty_as(of_.x_);
+  of_.tiling_.for_each_task([&](const Task& task) {
+    NormalizeArguments a = arguments(task);
+    a.out = mutable_at(grad_x, task);
+    kernel_(a);
+  });
+  return grad_x;
+}
+
+void Normalization::Gradient::residual() const {
+  of_.tiling_.for_each_task([&](const Task& task) { kernel_(arguments(task)); });
 }
 
 }  // namespace torchweld::ops

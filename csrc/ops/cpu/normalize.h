@@ -16,7 +16,7 @@ struct BatchNorm {
   double scale(int64_t c) const { return weight[c] * invstd[c]; }
 };
 
-Moments moments(const Tensor& x);
+Moments moments_of(const Tensor& x);
 
 // Per channel, what a backward pass sums: g, and g * (x - mean) * invstd.
 struct Sums {
@@ -38,9 +38,32 @@ class Normalization {
   // Writes y, which may be x. Tensors given to these functions are in x's memory order.
   void forward(const Tensor& y) const;
   Sums reduce(const Tensor& grad_y) const;
-  // Writes the gradients that are not null. Without sums the statistics are constants.
-  void apply(const Tensor& grad_y, const Sums* sums, double count, const Tensor* grad_x,
-             const Tensor* grad_residual) const;
+
+  // The gradient for x: scale * (g - mean(g) - xhat * mean(g * xhat)), of which the means are 0
+  // where the statistics are constants, without `sums`. Also writes g, the gradient for the
+  // residual, where that is asked for. Holds references, as the class around it.
+  class Gradient {
+   public:
+    Gradient(const Normalization& normalization, const Tensor& grad_y, const Sums* sums,
+             double count, const Tensor* grad_residual);
+
+    // Of `count` pixels of a channels_last tensor from pixel `first` on, densely at `out`.
+    void rows(int64_t first, int64_t count, float* out) const;
+    // Of the whole tensor.
+    Tensor all() const;
+    // Only the residual's gradient.
+    void residual() const;
+
+   private:
+    kernels::NormalizeArguments arguments(const Tiling::Task& task) const;
+
+    const Normalization& of_;
+    const Tensor& grad_y_;
+    const Tensor* grad_residual_;
+    bool frozen_;
+    Tiling::Coefficients slopes_, offsets_;
+    kernels::ApplyKernel kernel_;
+  };
 
  private:
   // The mean as the kernels subtract it, and what its rounding lost.

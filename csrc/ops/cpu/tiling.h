@@ -25,11 +25,12 @@ class Tiling {
         channels_(x.size(1)),
         values_(x.size(0) * x.size(2) * x.size(3)) {
     const int64_t pixels = x.size(2) * x.size(3);
-    // One pixel per plane: memory is that of channels_last, whatever the strides are called.
+    // One pixel per plane, or one plane: memory is that of channels_last, whatever the strides are
+    // called.
     if (x.numel() == 0) {
       layout_ = kernels::Layout::planes;
       columns_ = channels_;
-    } else if (x.is_contiguous() && pixels != 1) {
+    } else if (x.is_contiguous() && pixels != 1 && channels_ != 1) {
       cut_planes(x.size(0), pixels);
     } else {
       cut_columns();
@@ -49,6 +50,22 @@ class Tiling {
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) f(tasks_[i]);
                  });
+  }
+
+  // f(task) over `count` pixels of a "columns" tensor, from any pixel on; offsets count from it.
+  template <class F>
+  void for_each_span(int64_t count, const F& f) const {
+    const int64_t copies = columns_ / channels_;
+    const auto rows = [&](int64_t offset, int64_t height, int64_t width) {
+      for (int64_t k = 0; k < width; k += kernels::kMaxColumns) {
+        const int64_t size = std::min(kernels::kMaxColumns, width - k);
+        f(Task{offset + k, k, 0, {height, size, columns_}});
+      }
+    };
+    if (count >= copies) rows(0, count / copies, columns_);
+    if (count % copies != 0) {
+      rows(count / copies * columns_, 1, count % copies * channels_);
+    }
   }
 
   // Two doubles per column and block, for what a task finds out about its columns.

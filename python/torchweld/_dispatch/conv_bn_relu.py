@@ -54,8 +54,14 @@ def _(input, weight, bias, bn_weight, bn_bias, mean, var, residual, *args):  # t
 
 
 @torch.library.register_fake("torchweld::conv_relu")
-def _(input, weight, bias, residual, stride, padding, dilation, groups, *args):  # type: ignore[no-untyped-def]
+def _(input, weight, packed, bias, residual, stride, padding, dilation, groups, *args):  # type: ignore[no-untyped-def]
     return _convolution(input, weight, bias, stride, padding, dilation, groups)
+
+
+@torch.library.register_fake("torchweld::conv_relu_pack")
+def _(weight, *args):  # type: ignore[no-untyped-def]
+    size = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty((1, 1, 1, size), dtype=torch.float32)
 
 
 def _fake_gradients(
@@ -194,7 +200,8 @@ torch.library.register_autograd(
 _TWICE = "expected to be differentiated once, got a second derivative; use the stock modules for it"
 _refuse("conv_bn_relu_backward", _TWICE)
 _refuse("conv_bn_relu_frozen_backward", _TWICE)
-_refuse("conv_relu", "inference only, no gradient; use conv_bn_relu_frozen to train through it")
+for _op in ("conv_relu", "conv_relu_pack"):
+    _refuse(_op, "inference only, no gradient; use conv_bn_relu_frozen to train through it")
 _BETWEEN = (
     "no gradient, as its backward needs an exchange between processes; write a "
     "torch.autograd.Function with batch_norm_relu_backward_reduce and batch_norm_relu_backward"
@@ -231,7 +238,7 @@ def _register_autocast(op: str, cast: tuple[int, ...], device_type: str) -> None
 for _device_type in ("cpu", "cuda"):
     _register_autocast("conv_bn_relu", (0, 1, 2, 5), _device_type)
     _register_autocast("conv_bn_relu_frozen", (0, 1, 2, 7), _device_type)
-    _register_autocast("conv_relu", (0, 1, 2, 3), _device_type)
+    _register_autocast("conv_relu", (0, 1, 3, 4), _device_type)
 
 
 def _bump_versions(keyset: Any, running_mean: Tensor, running_var: Tensor, *args: Any) -> Any:

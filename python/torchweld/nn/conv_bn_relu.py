@@ -202,7 +202,9 @@ class ConvReLU2d(nn.Module):
     """``activation(conv(input) + residual)`` with a batch norm folded into the convolution.
 
     For inference: ``weight`` and ``bias`` are buffers of its own, in no way tied to the modules it
-    was built from, and have no gradient. Built by :meth:`from_float`.
+    was built from, and have no gradient. Built by :meth:`from_float`. Beside them it keeps the
+    weight once more as the kernels read it, ``packed_weight`` (up to four times its size for a 3x3
+    kernel, see ``torchweld.config.winograd``), which is in no state_dict.
 
     Example:
         >>> import torch, torchweld as tw
@@ -214,6 +216,7 @@ class ConvReLU2d(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    packed_weight: Tensor
 
     def __init__(
         self,
@@ -238,6 +241,27 @@ class ConvReLU2d(nn.Module):
         self.padding_mode = padding_mode
         self.activation = activation
         self.negative_slope = negative_slope
+        self.register_buffer("packed_weight", weight.new_empty(0), persistent=False)
+        self._packed_version = -1
+        self._pack()
+
+    def _pack(self) -> None:
+        """Pack the weight again if it has changed in place since."""
+        version = 0 if self.weight.is_inference() else self.weight._version
+        if version == self._packed_version or not self.weight.is_cpu:
+            return
+        self._packed_version = version
+        with torch.no_grad():
+            self.packed_weight = torch.ops.torchweld.conv_relu_pack(
+                self.weight, self.stride, [self.both_sides[2], self.both_sides[0]],
+                self.dilation, self.groups,
+            )  # fmt: skip
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ConvReLU2d":
+        super()._apply(fn, recurse)
+        self._packed_version = -1  # of another dtype now, or on another device
+        self._pack()
+        return self
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         """Compute the block; a gradient through it raises RuntimeError in the backward."""
@@ -245,9 +269,11 @@ class ConvReLU2d(nn.Module):
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         padding = [self.both_sides[2], self.both_sides[0]]
         input, padding = _pad(input, padding, self.both_sides, self.padding_mode)
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            self._pack()
         output: Tensor = torch.ops.torchweld.conv_relu(
-            input, self.weight, self.bias, residual, self.stride, padding, self.dilation,
-            self.groups, self.activation, self.negative_slope,
+            input, self.weight, self.packed_weight, self.bias, residual, self.stride, padding,
+            self.dilation, self.groups, self.activation, self.negative_slope,
         )  # fmt: skip
         return output
 

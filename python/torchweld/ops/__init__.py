@@ -9,6 +9,7 @@ from torchweld.ops.conv_bn_relu import (
     conv_bn_relu,
     conv_bn_relu_frozen,
     conv_relu,
+    conv_relu_pack,
     update_running_stats,
 )
 from torchweld.ops.quantized_linear import (
@@ -27,6 +28,7 @@ __all__ = [
     "conv_bn_relu",
     "conv_bn_relu_frozen",
     "conv_relu",
+    "conv_relu_pack",
     "grad_norm",
     "pack_weight",
     "quantize_weight",

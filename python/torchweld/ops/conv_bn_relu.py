@@ -157,6 +157,7 @@ def conv_relu(
     groups: int = 1,
     activation: str = "relu",
     negative_slope: float = 0.01,
+    packed_weight: Tensor | None = None,
 ) -> Tensor:
     """Compute ``activation(conv2d(input) + residual)``, for a batch norm folded into the weights.
 
@@ -171,6 +172,8 @@ def conv_relu(
         groups: see there.
         activation: see there.
         negative_slope: see there.
+        packed_weight: what :func:`conv_relu_pack` made of this very weight; it saves packing it
+            again. Ignored where it does not fit the algorithm chosen for the input.
 
     Returns:
         The output, ``[N, C, H_out, W_out]``.
@@ -184,9 +187,44 @@ def conv_relu(
         tensor(0.)
     """
     result: Tensor = _ops.conv_relu(
-        input, weight, bias, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
-        activation, negative_slope,
+        input, weight, packed_weight, bias, residual, _pair(stride), _pair(padding),
+        _pair(dilation), groups, activation, negative_slope,
     )  # fmt: skip
+    return result
+
+
+def conv_relu_pack(
+    weight: Tensor,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Lay a weight out as the kernels of :func:`conv_relu` read it.
+
+    Args:
+        weight: as in :func:`conv_relu`, and so all others.
+        stride: see there.
+        padding: see there.
+        dilation: see there.
+        groups: see there.
+
+    Returns:
+        Float32 ``[1, 1, 1, L]``, the same for every instruction set. ``L`` is 0 where the
+        convolution is ATen's: for other dtypes, and for shapes it is faster at.
+
+    Raises:
+        RuntimeError: if an argument does not fit.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> x, w = torch.ones(1, 16, 8, 8), torch.ones(16, 16, 1, 1)
+        >>> tw.ops.conv_relu(x, w, packed_weight=tw.ops.conv_relu_pack(w)).unique()
+        tensor([16.])
+    """
+    result: Tensor = _ops.conv_relu_pack(
+        weight, _pair(stride), _pair(padding), _pair(dilation), groups
+    )
     return result
 
 

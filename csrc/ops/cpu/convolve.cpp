@@ -1,0 +1,215 @@
+#include "ops/cpu/convolve.h"
+
+#include <limits>
+
+#include "ops/cpu/choose.h"
+#include "ops/memory.h"
+
+namespace torchweld::ops {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+// As c10::is_channels_last_strides_2d: whether torch calls the strides channels_last where a size
+// of 1 leaves that open.
+bool suggests_channels_last(const Tensor& x) {
+  int64_t least = 0;
+  if (x.stride(1) == 0) return false;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) == 0 || x.stride(d) < least) return false;
+    if (d == 0 && least == x.stride(1)) return false;
+    least = x.stride(d);
+    if (x.size(d) > 1) least *= x.size(d);
+  }
+  return true;
+}
+
+// Whether ours is asked for at all: float32, and channels_last by ATen's rule (at::native's
+// mkldnn_conv_use_channels_last), so the output has the strides ATen's would have.
+bool is_ours(const Tensor& input, const Tensor& weight) {
+  return input.scalar_type() == ScalarType::Float && input.numel() > 0 &&
+         (suggests_channels_last(input) || suggests_channels_last(weight));
+}
+
+ConvolutionShape to_shape(const IntList& input, const Tensor& weight, const Convolution& conv) {
+  const auto size = [&](int i) {
+    const int64_t kernel = conv.dilation[i] * (weight.size(2 + i) - 1) + 1;
+    return (input[2 + i] + 2 * conv.padding[i] - kernel) / conv.stride[i] + 1;
+  };
+  return {.batch = input[0],
+          .height = input[2],
+          .width = input[3],
+          .channels = input[1],
+          .out_height = size(0),
+          .out_width = size(1),
+          .out_channels = weight.size(0),
+          .kernel_height = weight.size(2),
+          .kernel_width = weight.size(3),
+          .stride_height = conv.stride[0],
+          .stride_width = conv.stride[1],
+          .padding_height = conv.padding[0],
+          .padding_width = conv.padding[1],
+          .dilation_height = conv.dilation[0],
+          .dilation_width = conv.dilation[1],
+          .groups = conv.groups};
+}
+
+ConvolutionShape to_shape(const Tensor& input, const Tensor& weight, const Convolution& conv) {
+  return to_shape({input.size(0), input.size(1), input.size(2), input.size(3)}, weight, conv);
+}
+
+Tensor channels_last(const Tensor& x) {
+  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
+
+const float* data(const Tensor& x) { return x.const_data_ptr<float>(); }
+
+Tensor vector_of(int64_t size) {
+  return empty({1, 1, 1, size}, ScalarType::Float, MemoryFormat::Contiguous);
+}
+
+Tensor packed_by(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                 const Tensor& weight) {
+  const Tensor packed = vector_of(algorithm.packed_size(shape));
+  algorithm.pack(shape, data(channels_last(weight)), packed.mutable_data_ptr<float>());
+  return packed;
+}
+
+Tensor run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                   const Tensor& input, const Tensor& packed, const kernels::Epilogue& epilogue,
+                   BlockMoments* moments) {
+  const Tensor x = channels_last(input);
+  const Tensor output = empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
+                              ScalarType::Float, MemoryFormat::ChannelsLast);
+  algorithm.forward(shape, {.input = data(x),
+                            .packed = data(packed),
+                            .output = output.mutable_data_ptr<float>(),
+                            .epilogue = epilogue,
+                            .moments = moments});
+  return output;
+}
+
+const float* data_or_null(const OptionalTensor& tensor, OptionalTensor& keep) {
+  if (!tensor) return nullptr;
+  keep = torch::stable::contiguous(*tensor);
+  return data(*keep);
+}
+
+}  // namespace
+
+Tensor dense(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  return torch::stable::contiguous(
+      x, x.stride(1) == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                const Convolution& conv, Moments* moments) {
+  if (is_ours(input, weight)) {
+    const ConvolutionShape shape = to_shape(input, weight, conv);
+    if (const ConvolutionAlgorithm* algorithm = choose_forward(shape, false)) {
+      OptionalTensor keep;
+      kernels::Epilogue epilogue;
+      epilogue.bias = data_or_null(bias, keep);
+      BlockMoments blocks;
+      const Tensor packed = packed_by(*algorithm, shape, weight);
+      const Tensor output =
+          run_forward(*algorithm, shape, input, packed, epilogue, moments ? &blocks : nullptr);
+      if (moments) *moments = blocks.merged();
+      return output;
+    }
+  }
+  const Tensor output = dense(aten::convolution(input, weight, bias, conv));
+  if (moments) *moments = moments_of(output);
+  return output;
+}
+
+Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& packed_weight,
+                const OptionalTensor& bias, const OptionalTensor& residual, const Convolution& conv,
+                kernels::Activation activation, double negative_slope) {
+  using kernels::Activation;
+  // What is left to do after the convolution.
+  OptionalTensor rest = residual;
+  Activation after = activation;
+  Tensor output;
+  const ConvolutionAlgorithm* algorithm = nullptr;
+  if (is_ours(input, weight)) {
+    const ConvolutionShape shape = to_shape(input, weight, conv);
+    algorithm = choose_forward(shape, packed_weight.has_value());
+    if (algorithm) {
+      const bool fits = packed_weight && packed_weight->scalar_type() == ScalarType::Float &&
+                        packed_weight->is_contiguous() &&
+                        packed_weight->numel() == algorithm->packed_size(shape);
+      const Tensor packed = fits ? *packed_weight : packed_by(*algorithm, shape, weight);
+      OptionalTensor keep_bias, keep_residual;
+      kernels::Epilogue epilogue;
+      epilogue.bias = data_or_null(bias, keep_bias);
+      if (residual) {
+        keep_residual = channels_last(*residual);
+        epilogue.residual = data(*keep_residual);
+        rest.reset();
+      }
+      if (activation == Activation::relu || activation == Activation::relu6) {
+        epilogue.low = 0;
+        if (activation == Activation::relu6) epilogue.high = 6;
+        after = Activation::identity;
+      }
+      output = run_forward(*algorithm, shape, input, packed, epilogue, nullptr);
+    }
+  }
+  if (!algorithm) output = dense(aten::convolution(input, weight, bias, conv));
+  if (rest || after != Activation::identity) {
+    const int64_t channels = weight.size(0);
+    const BatchNorm none{Channels(channels),
+                         Channels(channels, 1),
+                         Channels(channels, 1),
+                         Channels(channels, 0),
+                         after,
+                         negative_slope};
+    Normalization(output, none, rest).forward(output);
+  }
+  return output;
+}
+
+Tensor pack_weight(const Tensor& weight, const Convolution& conv) {
+  if (weight.scalar_type() == ScalarType::Float) {
+    // The rule looks at the size of an image too; this one is in the middle.
+    const ConvolutionShape shape =
+        to_shape({8, weight.size(1) * conv.groups, 28, 28}, weight, conv);
+    const bool has_pixels = shape.out_height > 0 && shape.out_width > 0;
+    if (const ConvolutionAlgorithm* algorithm = has_pixels ? choose_forward(shape, true) : nullptr)
+      return packed_by(*algorithm, shape, weight);
+  }
+  return vector_of(0);
+}
+
+std::tuple<Tensor, Tensor> convolve_backward(const Normalization::Gradient& gradient,
+                                             const Tensor& input, const Tensor& weight,
+                                             const Convolution& conv, bool input_grad,
+                                             bool weight_grad) {
+  std::tuple<Tensor, Tensor> result;
+  auto& [grad_input, grad_weight] = result;
+  if (is_ours(input, weight)) {
+    const ConvolutionShape shape = to_shape(input, weight, conv);
+    if (const ConvolutionAlgorithm* algorithm = choose_backward(shape, input_grad, weight_grad)) {
+      const Tensor x = channels_last(input), w = channels_last(weight);
+      const auto like = [](const Tensor& t) {
+        return empty({t.size(0), t.size(1), t.size(2), t.size(3)}, ScalarType::Float,
+                     MemoryFormat::ChannelsLast);
+      };
+      if (input_grad) grad_input = like(input);
+      if (weight_grad) grad_weight = like(weight);
+      algorithm->backward(
+          shape, {.input = data(x),
+                  .weight = data(w),
+                  .grad_output = [&](int64_t first, int64_t count,
+                                     float* rows) { gradient.rows(first, count, rows); },
+                  .grad_input = input_grad ? grad_input.mutable_data_ptr<float>() : nullptr,
+                  .grad_weight = weight_grad ? grad_weight.mutable_data_ptr<float>() : nullptr});
+      return result;
+    }
+  }
+  return aten::convolution_backward(gradient.all(), input, weight, conv, input_grad, weight_grad);
+}
+
+}  // namespace torchweld::ops

@@ -1,0 +1,114 @@
+#include "ops/memory.h"
+
+#include <sys/mman.h>
+
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "ops/config.h"
+
+namespace torchweld::ops {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+// Below this malloc does well: it reuses small blocks without giving them back.
+constexpr size_t kSmallest = size_t{1} << 20;
+
+struct Block {
+  char* data;
+  size_t size;  // a multiple of kHugePage
+};
+
+void release(const Block& block) { munmap(block.data, block.size); }
+
+// A block on a huge-page border; its data is null when there is no memory.
+Block map(size_t size) {
+  void* memory =
+      mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return {nullptr, 0};
+  char* begin = static_cast<char*>(memory);
+  const size_t before = -reinterpret_cast<uintptr_t>(begin) & (kHugePage - 1);
+  if (before > 0) munmap(begin, before);
+  munmap(begin + before + size, kHugePage - before);
+  madvise(begin + before, size, MADV_HUGEPAGE);
+  return {begin + before, size};
+}
+
+class Pool {
+ public:
+  // A block of at least `size` bytes.
+  Block take(size_t size) {
+    size = (size + kHugePage - 1) / kHugePage * kHugePage;
+    {
+      const std::lock_guard lock(mutex_);
+      // The last that fits: what was freed last is likeliest still in cache.
+      for (size_t i = idle_.size(); i-- > 0;) {
+        if (idle_[i].size < size || idle_[i].size > size + size / 8) continue;
+        const Block block = idle_[i];
+        idle_.erase(idle_.begin() + static_cast<ptrdiff_t>(i));
+        held_ -= block.size;
+        return block;
+      }
+    }
+    return map(size);
+  }
+
+  void give_back(const Block& block) noexcept {
+    try {
+      const std::lock_guard lock(mutex_);
+      idle_.push_back(block);
+      held_ += block.size;
+    } catch (const std::bad_alloc&) {
+      release(block);
+      return;
+    }
+    trim();
+  }
+
+  // Releases what was freed longest ago.
+  void trim() {
+    const std::lock_guard lock(mutex_);
+    const auto most = static_cast<size_t>(config().memory_pool.load());
+    size_t count = 0;
+    for (; held_ > most; ++count) {
+      held_ -= idle_[count].size;
+      release(idle_[count]);
+    }
+    idle_.erase(idle_.begin(), idle_.begin() + static_cast<ptrdiff_t>(count));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> idle_;  // oldest first
+  size_t held_ = 0;
+};
+
+Pool& pool() {
+  // Never destroyed: torch may free a tensor after the library's static objects are gone.
+  static Pool* const pool = new Pool;
+  return *pool;
+}
+
+}  // namespace
+
+void trim_memory_pool() { pool().trim(); }
+
+Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFormat format) {
+  size_t bytes = size_of(*to_dtype(type));
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes >= kSmallest && config().memory_pool > 0) {
+    if (const Block block = pool().take(bytes); block.data) {
+      const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
+      const bool last = format == torch::headeronly::MemoryFormat::ChannelsLast;
+      const IntList strides =
+          last ? IntList{c * h * w, 1, w * c, c} : IntList{c * h * w, h * w, w, 1};
+      return torch::stable::from_blob(block.data, sizes, strides,
+                                      torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                      type, [block](void*) { pool().give_back(block); });
+    }
+  }
+  return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+}  // namespace torchweld::ops

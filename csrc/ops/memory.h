@@ -1,0 +1,19 @@
+// Memory for activations and their gradients.
+//
+// malloc maps every large block afresh and the first touch of each page is a fault: on a tensor of
+// 25 MB that costs several times the pass that writes it, at every step of a training run. Large
+// tensors of ours lie in blocks of huge pages instead, which return to a pool when torch frees
+// them.
+#pragma once
+
+#include "ops/torch_compat.h"
+
+namespace torchweld::ops {
+
+// An uninitialized 4-D tensor on the CPU, contiguous or channels_last.
+Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFormat format);
+
+// Gives memory back to the system until the pool holds no more than it may.
+void trim_memory_pool();
+
+}  // namespace torchweld::ops
