@@ -30,11 +30,28 @@ Channels read_channels(const OptionalTensor& tensor, int64_t channels, double ot
   }
 }
 
+template <class T>
+void write_as(const Tensor& tensor, const Channels& values) {
+  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<T>());
+}
+
 Tensor to_tensor(const Channels& values, ScalarType type = ScalarType::Double) {
   const int64_t size = values.size();
-  Tensor tensor = torch::stable::empty({&size, 1}, ScalarType::Double);
-  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<double>());
-  return type == ScalarType::Double ? tensor : torch::stable::to(tensor, type);
+  const Tensor tensor = torch::stable::empty({&size, 1}, type);
+  switch (*to_dtype(type)) {
+    case kernels::DType::float32:
+      write_as<float>(tensor, values);
+      break;
+    case kernels::DType::float64:
+      write_as<double>(tensor, values);
+      break;
+    case kernels::DType::bfloat16:
+      write_as<torch::headeronly::BFloat16>(tensor, values);
+      break;
+    default:
+      write_as<torch::headeronly::Half>(tensor, values);
+  }
+  return tensor;
 }
 
 // In place of a gradient nobody asked for.
@@ -159,8 +176,8 @@ Gradients backward(const char* op, const Tensor& grad_output, const Tensor& inpu
   const Normalization normalization(conv_output, bn, residual);
   const Sums sums = need_sums ? normalization.reduce(grad_y) : Sums{};
 
-  Gradients gradients{nothing(input), nothing(input), nothing(input),
-                      nothing(input), nothing(input), nothing(input)};
+  const auto absent = [&](int i) { return output_mask[i] ? Tensor() : nothing(input); };
+  Gradients gradients{absent(0), absent(1), absent(2), absent(3), absent(4), absent(5)};
   auto& [grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias, grad_residual] =
       gradients;
   if (output_mask[2]) {
