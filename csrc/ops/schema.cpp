@@ -82,6 +82,20 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "Tensor count, str activation, float negative_slope) -> (Tensor grad_input, "
       "Tensor grad_residual)");
 
+  // --- one algorithm of our own, for tests and measurements --------------------------------------
+  // clamp(conv(input) + bias + residual, low, high) of float32 tensors by the named algorithm, an
+  // error where it cannot compute the shape; and, if asked for, float64 [3, C]: values per channel,
+  // their mean, and the sum of squared deviations from it.
+  m.def(
+      "_conv_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
+      "int[] padding, int[] dilation, int groups, float low, float high, str algorithm, "
+      "bool moments) -> (Tensor output, Tensor count_mean_m2)");
+  // Gradients for input and weight; an empty tensor in place of one that is not asked for.
+  m.def(
+      "_conv_backward(Tensor grad_output, Tensor input, Tensor weight, int[] stride, "
+      "int[] padding, int[] dilation, int groups, str algorithm, bool input_grad, "
+      "bool weight_grad) -> (Tensor, Tensor)");
+
   // activation(input @ (weight_scale * weight)^T + bias) with every row of input quantized on the
   // fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the output has its
   // dtype. K = in_features. packed_weight int8 [ceil(N/16), ceil(K/4), 16, 4] within [-127, 127],

@@ -1,0 +1,145 @@
+#include "ops/cpu/convolution.h"
+
+#include <cstring>
+
+#include "ops/check.h"
+#include "ops/conv_bn_relu.h"
+
+namespace torchweld::ops {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+std::vector<const ConvolutionAlgorithm*> algorithms() { return {}; }
+
+const ConvolutionAlgorithm& algorithm_named(const char* op, const std::string& name) {
+  const ConvolutionAlgorithm* found = nullptr;
+  for (const ConvolutionAlgorithm* algorithm : algorithms()) {
+    if (algorithm->name() == name) found = algorithm;
+  }
+  TORCHWELD_CHECK(found != nullptr, op, "algorithm", "the name of one", '"' << name << '"');
+  return *found;
+}
+
+ConvolutionShape shape_of(const Tensor& input, const Tensor& weight, const IntList& output,
+                          const Convolution& conv) {
+  return {.batch = input.size(0),
+          .height = input.size(2),
+          .width = input.size(3),
+          .channels = input.size(1),
+          .out_height = output[2],
+          .out_width = output[3],
+          .out_channels = output[1],
+          .kernel_height = weight.size(2),
+          .kernel_width = weight.size(3),
+          .stride_height = conv.stride[0],
+          .stride_width = conv.stride[1],
+          .padding_height = conv.padding[0],
+          .padding_width = conv.padding[1],
+          .dilation_height = conv.dilation[0],
+          .dilation_width = conv.dilation[1],
+          .groups = conv.groups};
+}
+
+void check_float32(const char* op, const Tensor& input) {
+  TORCHWELD_CHECK(input.scalar_type() == ScalarType::Float, op, "input", "float32",
+                  dtype_name(input.scalar_type()));
+}
+
+Tensor channels_last(const Tensor& x) {
+  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
+
+Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
+                              MemoryFormat::ChannelsLast);
+}
+
+Tensor nothing(const Tensor& like) {
+  const int64_t size = 0;
+  return torch::stable::new_empty(like, {&size, 1});
+}
+
+Tensor to_tensor(const Moments& moments) {
+  const int64_t channels = moments.mean.size();
+  const IntList sizes{3, channels};
+  Tensor tensor = torch::stable::empty(sizes, ScalarType::Double);
+  double* data = tensor.mutable_data_ptr<double>();
+  std::fill(data, data + channels, moments.count);
+  std::copy(moments.mean.begin(), moments.mean.end(), data + channels);
+  std::copy(moments.m2.begin(), moments.m2.end(), data + 2 * channels);
+  return tensor;
+}
+
+std::tuple<Tensor, Tensor> conv_forward(Tensor input, Tensor weight, OptionalTensor bias,
+                                        OptionalTensor residual, IntList stride, IntList padding,
+                                        IntList dilation, int64_t groups, double low, double high,
+                                        String algorithm, bool moments) {
+  const char* op = "_conv_forward";
+  const Convolution conv{stride, padding, dilation, groups};
+  const IntList sizes = check_convolution(op, input, weight, bias, conv);
+  check_same(op, "residual", residual, sizes, input);
+  check_float32(op, input);
+  const ConvolutionShape shape = shape_of(input, weight, sizes, conv);
+  const ConvolutionAlgorithm& chosen = algorithm_named(op, algorithm);
+  TORCHWELD_CHECK(chosen.can_forward(shape), op, "algorithm", "one that can compute this shape",
+                  algorithm);
+
+  const Tensor x = channels_last(input), w = channels_last(weight);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  if (residual) residual = channels_last(*residual);
+  std::vector<float> packed(chosen.packed_size(shape));
+  chosen.pack(shape, w.const_data_ptr<float>(), packed.data());
+  const Tensor output = empty_channels_last(sizes);
+  BlockMoments collected;
+  chosen.forward(shape,
+                 {.input = x.const_data_ptr<float>(),
+                  .packed = packed.data(),
+                  .output = output.mutable_data_ptr<float>(),
+                  .epilogue = {.bias = bias ? bias->const_data_ptr<float>() : nullptr,
+                               .residual = residual ? residual->const_data_ptr<float>() : nullptr,
+                               .low = static_cast<float>(low),
+                               .high = static_cast<float>(high)},
+                  .moments = moments ? &collected : nullptr});
+  return {output, moments ? to_tensor(collected.merged()) : nothing(input)};
+}
+
+std::tuple<Tensor, Tensor> conv_backward(Tensor grad_output, Tensor input, Tensor weight,
+                                         IntList stride, IntList padding, IntList dilation,
+                                         int64_t groups, String algorithm, bool input_grad,
+                                         bool weight_grad) {
+  const char* op = "_conv_backward";
+  const Convolution conv{stride, padding, dilation, groups};
+  const IntList sizes = check_convolution(op, input, weight, std::nullopt, conv);
+  check_same(op, "grad_output", grad_output, sizes, input);
+  check_float32(op, input);
+  const ConvolutionShape shape = shape_of(input, weight, sizes, conv);
+  const ConvolutionAlgorithm& chosen = algorithm_named(op, algorithm);
+  TORCHWELD_CHECK(chosen.can_backward(shape, input_grad, weight_grad), op, "algorithm",
+                  "one that can compute this shape", algorithm);
+
+  const Tensor g = channels_last(grad_output), x = channels_last(input), w = channels_last(weight);
+  const float* gradients = g.const_data_ptr<float>();
+  const Tensor grad_input = input_grad ? empty_channels_last(x.sizes()) : nothing(x);
+  const Tensor grad_weight = weight_grad ? empty_channels_last(w.sizes()) : nothing(w);
+  const GradientRows copy = [&](int64_t first, int64_t count, float* rows) {
+    const int64_t channels = shape.out_channels;
+    std::memcpy(rows, gradients + first * channels, count * channels * sizeof(float));
+  };
+  chosen.backward(shape,
+                  {.input = x.const_data_ptr<float>(),
+                   .weight = w.const_data_ptr<float>(),
+                   .grad_output = copy,
+                   .grad_input = input_grad ? grad_input.mutable_data_ptr<float>() : nullptr,
+                   .grad_weight = weight_grad ? grad_weight.mutable_data_ptr<float>() : nullptr});
+  return {grad_input, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
+  m.impl("_conv_forward", TORCH_BOX(&conv_forward));
+  m.impl("_conv_backward", TORCH_BOX(&conv_backward));
+}
+
+}  // namespace torchweld::ops
