@@ -124,8 +124,7 @@ void forward_block(const Plan& plan, const Windows& windows, const Block& block,
 
   // A panel too large for the cache is used slice by slice: some runs, or a part of one.
   const int64_t slice_runs = std::clamp<int64_t>(kSliceSize / (depth * kPanel), 1, runs);
-  const int64_t slice_depth =
-      slice_runs > 1 ? depth : even_part(depth, kSliceSize / kPanel);
+  const int64_t slice_depth = slice_runs > 1 ? depth : even_part(depth, kSliceSize / kPanel);
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const int64_t first = panel * kPanel, width = panel_width(s.out_channels, panel);
     const float* packed = pass.packed + panel * kPanel * steps;
@@ -213,10 +212,9 @@ class DenseConvolution final : public ConvolutionAlgorithm {
                      forward_block(plan, windows, block, pass, first, last);
                      if (pass.moments == nullptr) continue;
                      const int64_t c = first * kPanel;
-                     pass.moments->add(task / groups,
-                                       pass.output + plan.first_pixel(block) * channels + c,
-                                       block.pixels(), channels, c,
-                                       std::min(channels, last * kPanel) - c);
+                     pass.moments->add(
+                         task / groups, pass.output + plan.first_pixel(block) * channels + c,
+                         block.pixels(), channels, c, std::min(channels, last * kPanel) - c);
                    }
                  });
   }
