@@ -7,11 +7,13 @@
   namespace torchweld::kernels::isa {                   \
   extern const AdamWKernels adamw;                      \
   extern const ConvBNReLUKernels conv_bn_relu;          \
+  extern const DepthwiseKernels depthwise;              \
   extern const GemmKernels gemm_kernels;                \
   extern const QuantizedLinearKernels quantized_linear; \
   inline constexpr KernelTable table{                   \
       .adamw = &adamw,                                  \
       .conv_bn_relu = &conv_bn_relu,                    \
+      .depthwise = &depthwise,                          \
       .gemm = &gemm_kernels,                            \
       .quantized_linear = &quantized_linear,            \
   };                                                    \

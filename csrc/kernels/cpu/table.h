@@ -4,6 +4,7 @@
 #include "kernels/adamw.h"
 #include "kernels/conv_bn_relu.h"
 #include "kernels/cpu/capability.h"
+#include "kernels/depthwise.h"
 #include "kernels/gemm.h"
 #include "kernels/quantized_linear.h"
 
@@ -12,6 +13,7 @@ namespace torchweld::kernels {
 struct KernelTable {
   const AdamWKernels* adamw;
   const ConvBNReLUKernels* conv_bn_relu;
+  const DepthwiseKernels* depthwise;
   const GemmKernels* gemm;
   const QuantizedLinearKernels* quantized_linear;
 };

@@ -10,7 +10,9 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
-std::vector<const ConvolutionAlgorithm*> algorithms() { return {&dense_convolution()}; }
+std::vector<const ConvolutionAlgorithm*> algorithms() {
+  return {&depthwise_convolution(), &dense_convolution()};
+}
 
 const ConvolutionAlgorithm& algorithm_named(const char* op, const std::string& name) {
   const ConvolutionAlgorithm* found = find_algorithm(name);
