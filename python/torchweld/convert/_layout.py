@@ -1,0 +1,155 @@
+"""Whether the code of a model can tell in which memory order its activations lie.
+
+The kernels are fastest on channels_last memory. A model called with contiguous tensors may compute
+in channels_last all the same if nobody sees it: no code reads strides (``x.view`` does), no random
+numbers are drawn in memory order (dropout does), and no such tensor leaves the model. The graphs of
+all forwards are followed from the input on; anything not known to be blind counts as seeing.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from torchweld.convert import _welded
+from torchweld.convert._inplace import IN_PLACE
+from torchweld.convert._trace import trace
+from torchweld.convert._values import stock_class
+from torchweld.convert._watch import UntraceableError
+
+
+class SeenError(Exception):
+    """The model can see the memory order; the message says where."""
+
+
+IMAGE = "image"  # 4-D, perhaps channels_last where the stock model has it contiguous
+PLAIN = "plain"  # as in the stock model
+
+# Image in, image out; anything else in, the same out.
+_LIKE_INPUT_MODULES = (
+    nn.Identity, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.ReLU, nn.ReLU6,
+    nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.ELU,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d,
+    nn.Upsample,
+)  # fmt: skip
+_LIKE_INPUT_FUNCTIONS = {
+    torch.relu, torch.relu_, torch.sigmoid, torch.add, torch.mul, torch.sub, torch.cat,
+    torch.concat, F.relu, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.hardsigmoid,
+    F.sigmoid, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+    F.interpolate, F.pad, F.dropout2d, operator.add, operator.mul, operator.sub, operator.truediv,
+    *IN_PLACE,
+}  # fmt: skip
+_LIKE_INPUT_METHODS = {
+    "relu", "relu_", "sigmoid", "add", "add_", "mul", "mul_", "sub", "sub_", "float", "clone",
+    "detach", "div", "div_", "clamp", "clamp_",
+}  # fmt: skip
+# Their result lies as in the stock model whatever went in. Without an image any operation does.
+_PLAIN_MODULES = (nn.Flatten,)
+_PLAIN_FUNCTIONS = {torch.flatten, torch.mean, getattr, len}
+_PLAIN_METHODS = {"flatten", "mean", "contiguous", "size", "dim"}
+
+
+def seen_by(model: nn.Module) -> str:
+    """Return where a model sees the memory order of its activations, or nothing."""
+    try:
+        for training in (True, False):
+            with _welded.mode(model, training):
+                forward = stock_class(model).forward
+                inputs = _welded.usual_call(forward)
+                count = len(inputs[1]) - 1 if isinstance(inputs, tuple) else 0
+                if _holds_image(_follow(model, "", [IMAGE] * count)):
+                    raise SeenError("the model returns an activation")
+    except SeenError as seen:
+        return str(seen)
+    return ""
+
+
+def _follow(module: nn.Module, path: str, inputs: list[Any]) -> Any:
+    """Return what kind of value a module gives for inputs of these kinds."""
+    if not _holds_image(inputs):
+        return PLAIN  # whatever it does, it does on tensors that lie as they always did
+    kind = stock_class(module)
+    if kind in _LIKE_INPUT_MODULES:
+        return IMAGE
+    if kind in _PLAIN_MODULES:
+        return PLAIN
+    if kind is nn.Dropout and isinstance(module, nn.Dropout):
+        if module.training and module.p > 0:
+            raise SeenError(f"{path} draws random numbers in memory order")
+        return IMAGE
+    if kind.forward is nn.Sequential.forward:
+        value = inputs[0]
+        for name, child in module.named_children():
+            value = _follow(child, f"{path}.{name}".lstrip("."), [value])
+        return value
+    if kind.__module__.startswith("torch.nn."):
+        raise SeenError(f"{path or 'the model'} is a {kind.__name__}")
+    return _follow_graph(module, path, inputs)
+
+
+def _follow_graph(module: nn.Module, path: str, inputs: list[Any]) -> Any:
+    forward = stock_class(module).forward
+    try:
+        graph = trace(module, forward, _welded.usual_call(forward)).graph
+    except UntraceableError as error:
+        raise SeenError(f"{path or 'the model'} cannot be traced: {error}") from error
+    values: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+
+    def kind_of(argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda node: values[node])
+
+    for node in graph.nodes:
+        where = f"{path}.{node.target}".lstrip(".")
+        if node.op == "placeholder":
+            values[node] = next(given, PLAIN)
+        elif node.op == "get_attr":
+            values[node] = PLAIN
+        elif node.op == "output":
+            return kind_of(node.args[0])
+        elif node.op == "call_module":
+            arguments = [kind_of(a) for a in (*node.args, *node.kwargs.values())]
+            values[node] = _follow(module.get_submodule(str(node.target)), where, arguments)
+        else:
+            values[node] = _of_call(node, kind_of((node.args, node.kwargs)), path)
+    return PLAIN
+
+
+def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
+    """Return the kind of value a function or method gives."""
+    if node.target is operator.getitem and isinstance(arguments[0][0], (tuple, list, dict)):
+        return arguments[0][0][node.args[1]]
+    if not _holds_image(arguments):
+        return PLAIN
+    like, plain = (
+        (_LIKE_INPUT_METHODS, _PLAIN_METHODS)
+        if node.op == "call_method"
+        else (_LIKE_INPUT_FUNCTIONS, _PLAIN_FUNCTIONS)
+    )
+    if node.target is F.dropout and not _argument(node, 2, "training", True):
+        return IMAGE
+    if node.target in like:
+        return IMAGE
+    # A name read of a value: only those that say nothing of strides.
+    if node.target in plain and (node.target is not getattr or node.args[1] in ("shape", "dtype")):
+        return PLAIN
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+    raise SeenError(f"{path or 'the model'} calls {name} on an activation")
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _holds_image(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_image, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_image, value))
+    return isinstance(value, str) and value == IMAGE
+
+
