@@ -25,34 +25,29 @@ constexpr int64_t kTasks = 16;
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrain = 1 << 20;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Size of the parts when `size` is cut as evenly as can be into parts of about `wish`.
 int64_t even_part(int64_t size, int64_t wish) {
-  const int64_t parts = std::max<int64_t>(1, size / std::max<int64_t>(1, wish));
-  return std::max<int64_t>(1, divide_up(size, parts));
+  wish = std::max<int64_t>(1, wish);
+  return std::max<int64_t>(1, divide_up(size, std::max<int64_t>(1, (size + wish / 2) / wish)));
 }
 
-bool is_matrix_product(const ConvolutionShape& s) {
+// Every output pixel reads the input pixel at its own place.
+bool reads_each_by_itself(const ConvolutionShape& s) {
   return s.kernel_height == 1 && s.kernel_width == 1 && s.stride_height == 1 &&
-         s.stride_width == 1 && s.padding_height == 0 && s.padding_width == 0;
+         s.stride_width == 1 && s.padding_height == 0 && s.padding_width == 0 &&
+         s.out_height == s.height && s.out_width == s.width;
 }
 
 }  // namespace
 
-int64_t panel_width(int64_t columns, int64_t panel) {
-  const int64_t left = std::min(kPanel, columns - panel * kPanel);
-  return divide_up(left, kernels::kPanelGroup) * kernels::kPanelGroup;
-}
-
-Plan::Plan(const ConvolutionShape& shape) : shape_(shape) {
-  if (is_matrix_product(shape)) {
+Plan::Plan(const ConvolutionShape& shape, const Cut& cut)
+    : shape_(shape), matrix_product_(cut.regroup && reads_each_by_itself(shape)) {
+  if (matrix_product_) {
     shape_.width = shape_.out_width = shape.pixels();
     shape_.batch = shape_.height = shape_.out_height = 1;
   }
-  const int64_t pixels = std::max(kBlockPixels, kBlockSize / shape_.out_channels);
-  columns_ = even_part(shape_.out_width, pixels);
-  rows_ = columns_ < shape_.out_width ? 1 : even_part(shape_.out_height, pixels / columns_);
+  columns_ = even_part(shape_.out_width, cut.pixels);
+  rows_ = columns_ < shape_.out_width ? 1 : even_part(shape_.out_height, cut.pixels / columns_);
   row_blocks_ = divide_up(shape_.out_height, rows_);
   column_blocks_ = divide_up(shape_.out_width, columns_);
 }
@@ -70,93 +65,95 @@ Block Plan::block(int64_t index) const {
 
 Windows::Windows(const Plan& plan, const float* input) : plan_(plan), input_(input) {
   const ConvolutionShape& s = plan.shape();
-  padded_ = (s.width + 2 * s.padding_width) * s.channels;
-  slots_ = s.padding_width > 0 ? plan.input_rows(plan.block_rows()) : 0;
-  const bool zeros = s.padding_height > 0 || s.padding_width > 0;
-  rows_.resize((slots_ + zeros) * padded_);
+  const int64_t reach = (s.out_width - 1) * s.stride_width +
+                        (s.kernel_width - 1) * s.dilation_width - s.padding_width;
+  const int64_t right = std::max<int64_t>(0, reach + 1 - s.width);
+  left_ = std::max<int64_t>(0, s.padding_width);
+  if (left_ + right > 0) slots_ = plan.input_rows(plan.block_rows());
+  padded_ = (left_ + s.width + right) * s.channels;
+  if (slots_ > 0 || s.kernel_height > 1 || s.padding_height != 0) {
+    rows_.resize((slots_ + 1) * padded_);
+  }
   kept_.assign(slots_, -1);
+  pointers_.resize(plan.block_rows() * plan.runs());
 }
 
 void Windows::move_to(const Block& block) {
   const ConvolutionShape& s = plan_.shape();
-  image_ = block.image;
-  if (slots_ == 0) return;
-  const int64_t row = block.row * s.stride_height - s.padding_height;
-  const int64_t end = std::min(s.height, row + plan_.input_rows(block.rows));
-  for (int64_t h = std::max<int64_t>(0, row); h < end; ++h) {
-    const int64_t slot = h % slots_, source = image_ * s.height + h, size = s.width * s.channels;
-    if (kept_[slot] == source) continue;
-    kept_[slot] = source;
-    std::memcpy(rows_.data() + slot * padded_ + s.padding_width * s.channels,
-                input_ + source * size, size * sizeof(float));
+  const int64_t top = block.row * s.stride_height - s.padding_height;
+  const int64_t size = s.width * s.channels;
+  if (slots_ > 0) {
+    const int64_t end = std::min(s.height, top + plan_.input_rows(block.rows));
+    for (int64_t h = std::max<int64_t>(0, top); h < end; ++h) {
+      const int64_t source = block.image * s.height + h;
+      if (kept_[h % slots_] == source) continue;
+      kept_[h % slots_] = source;
+      std::memcpy(rows_.data() + h % slots_ * padded_ + left_ * s.channels, input_ + source * size,
+                  size * sizeof(float));
+    }
   }
-}
 
-const float* Windows::input_row(int64_t row) const {
-  const ConvolutionShape& s = plan_.shape();
-  if (row < 0 || row >= s.height) return rows_.data() + slots_ * padded_;
-  if (slots_ > 0) return rows_.data() + row % slots_ * padded_;
-  return input_ + (image_ * s.height + row) * s.width * s.channels;
-}
-
-void Windows::pointers(int64_t row, int64_t column, const float** runs) const {
-  const ConvolutionShape& s = plan_.shape();
-  for (int64_t r = 0; r < s.kernel_height; ++r) {
-    const float* from =
-        input_row(row * s.stride_height - s.padding_height + r * s.dilation_height) +
-        column * s.stride_width * s.channels;
-    for (int64_t k = 0; k < plan_.row_runs(); ++k) {
-      *runs++ = from + k * s.dilation_width * s.channels;
+  const int64_t column = block.column * s.stride_width - s.padding_width + left_;
+  const float** to = pointers_.data();
+  for (int64_t row = 0; row < block.rows; ++row) {
+    for (int64_t r = 0; r < s.kernel_height; ++r) {
+      const float* from =
+          input_row(block.image, top + row * s.stride_height + r * s.dilation_height) +
+          column * s.channels;
+      for (int64_t k = 0; k < plan_.row_runs(); ++k) {
+        *to++ = from + k * s.dilation_width * s.channels;
+      }
     }
   }
 }
 
+const float* Windows::input_row(int64_t image, int64_t row) const {
+  const ConvolutionShape& s = plan_.shape();
+  if (row < 0 || row >= s.height) return rows_.data() + slots_ * padded_;
+  if (slots_ > 0) return rows_.data() + row % slots_ * padded_;
+  return input_ + (image * s.height + row) * s.width * s.channels;
+}
+
 void forward_block(const Plan& plan, const Windows& windows, const Block& block,
-                   const ConvolutionForward& pass, int64_t first_panel, int64_t last_panel) {
+                   const float* packed, const Target& target, const kernels::Epilogue& epilogue,
+                   int64_t first, int64_t last) {
   const ConvolutionShape& s = plan.shape();
-  const int64_t steps = plan.steps(), runs = plan.runs(), depth = plan.depth();
-  const int64_t offset = plan.first_pixel(block) * s.out_channels;
+  const int64_t runs = plan.runs(), depth = plan.depth();
   const auto gemm = cpu_kernels().gemm->gemm;
-  std::vector<const float*> a(block.rows * runs), slice_a(runs);
-  for (int64_t row = 0; row < block.rows; ++row) {
-    windows.pointers(block.row + row, block.column, a.data() + row * runs);
-  }
+  std::vector<const float*> a(runs);
 
   // A panel too large for the cache is used slice by slice: some runs, or a part of one.
   const int64_t slice_runs = std::clamp<int64_t>(kSliceSize / (depth * kPanel), 1, runs);
   const int64_t slice_depth = slice_runs > 1 ? depth : even_part(depth, kSliceSize / kPanel);
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const int64_t first = panel * kPanel, width = panel_width(s.out_channels, panel);
-    const float* packed = pass.packed + panel * kPanel * steps;
-    for (int64_t run = 0; run < runs; run += slice_runs) {
-      for (int64_t k = 0; k < depth; k += slice_depth) {
-        const bool is_first = run == 0 && k == 0;
-        const bool is_last = run + slice_runs >= runs && k + slice_depth >= depth;
-        kernels::GemmArguments g{};
-        g.rows = block.columns;
-        g.columns = std::min(kPanel, s.out_channels - first);
-        g.runs = std::min(slice_runs, runs - run);
-        g.depth = std::min(slice_depth, depth - k);
-        g.a = slice_a.data();
-        g.a_row = s.stride_width * s.channels;
-        g.a_step = 1;
-        g.b = packed + (run * depth + k) * width;
-        g.b_row = width;
-        g.c_row = s.out_channels;
-        g.accumulate = !is_first;
-        for (int64_t row = 0; row < block.rows; ++row) {
-          for (int64_t i = 0; i < g.runs; ++i) slice_a[i] = a[row * runs + run + i] + k;
-          const int64_t at = offset + row * block.columns * s.out_channels + first;
-          g.c = pass.output + at;
-          if (is_last) {
-            const kernels::Epilogue& e = pass.epilogue;
-            g.epilogue = e;
-            if (e.bias != nullptr) g.epilogue.bias = e.bias + first;
-            if (e.residual != nullptr) g.epilogue.residual = e.residual + at;
-          }
-          gemm(g);
-        }
+  const auto compute_slice = [&](int64_t panel, int64_t run, int64_t k) {
+    const int64_t column = panel * kPanel, width = panel_width(s.out_channels, panel);
+    const bool is_last = run + slice_runs >= runs && k + slice_depth >= depth;
+    kernels::GemmArguments g{};
+    g.rows = block.columns;
+    g.columns = std::min(kPanel, s.out_channels - column);
+    g.runs = std::min(slice_runs, runs - run);
+    g.depth = std::min(slice_depth, depth - k);
+    g.a = a.data();
+    g.a_row = s.stride_width * s.channels;
+    g.a_step = 1;
+    g.b = packed + column * plan.steps() + (run * depth + k) * width;
+    g.b_row = width;
+    g.c_row = target.pixel;
+    g.accumulate = run > 0 || k > 0;
+    for (int64_t row = 0; row < block.rows; ++row) {
+      for (int64_t i = 0; i < g.runs; ++i) a[i] = windows.pointers()[row * runs + run + i] + k;
+      g.c = target.at(block) + row * target.row + column;
+      if (is_last) {
+        g.epilogue = epilogue;
+        if (epilogue.bias != nullptr) g.epilogue.bias += column;
+        if (epilogue.residual != nullptr) g.epilogue.residual += g.c - target.data;
       }
+      gemm(g);
+    }
+  };
+  for (int64_t panel = first; panel < last; ++panel) {
+    for (int64_t run = 0; run < runs; run += slice_runs) {
+      for (int64_t k = 0; k < depth; k += slice_depth) compute_slice(panel, run, k);
     }
   }
 }
@@ -173,17 +170,20 @@ class DenseConvolution final : public ConvolutionAlgorithm {
 
   bool can_forward(const ConvolutionShape& shape) const override { return shape.groups == 1; }
 
-  bool can_backward(const ConvolutionShape&, bool, bool) const override { return false; }
+  bool can_backward(const ConvolutionShape& s, bool input, bool) const override {
+    const bool strided = s.stride_height > 1 || s.stride_width > 1;
+    const bool dilated = s.dilation_height > 1 || s.dilation_width > 1;
+    return s.groups == 1 && !(input && strided && dilated);
+  }
 
   int64_t packed_size(const ConvolutionShape& s) const override {
-    const int64_t last = (s.out_channels - 1) / kPanel;
-    return (last * kPanel + panel_width(s.out_channels, last)) * (s.weights() / s.out_channels);
+    return dense::packed_size(s.out_channels, s.weights() / s.out_channels);
   }
 
   void pack(const ConvolutionShape& s, const float* weight, float* packed) const override {
     const int64_t steps = s.weights() / s.out_channels;
     const auto kernel = cpu_kernels().gemm->pack;
-    parallel_for(divide_up(s.out_channels, kPanel), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(panels_of(s.out_channels), 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t first = panel * kPanel * steps;
         kernel(weight + first, steps, std::min(kPanel, s.out_channels - panel * kPanel), steps,
@@ -193,15 +193,18 @@ class DenseConvolution final : public ConvolutionAlgorithm {
   }
 
   void forward(const ConvolutionShape& shape, const ConvolutionForward& pass) const override {
-    const Plan plan(shape);
-    const int64_t blocks = plan.blocks(), channels = shape.out_channels;
+    const int64_t channels = shape.out_channels;
+    const Plan plan(shape, {.pixels = std::max(kBlockPixels, kBlockSize / channels)});
+    const int64_t blocks = plan.blocks();
     if (pass.moments != nullptr) pass.moments->start(blocks, channels);
     if (blocks == 0) return;
-    const int64_t panels = divide_up(channels, kPanel);
+    const int64_t row = plan.shape().out_width * channels;
+    const Target target{pass.output, plan.shape().out_height * row, row, channels};
+    const int64_t panels = panels_of(channels);
     const int64_t group = even_part(panels, panels * blocks / kTasks);
     const int64_t groups = divide_up(panels, group), tasks = blocks * groups;
-    const int64_t task_size = shape.pixels() * shape.weights() / tasks;
-    parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, task_size)),
+    const int64_t size = shape.pixels() * shape.weights() / tasks;
+    parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
                  [&](int64_t begin, int64_t end) {
                    Windows windows(plan, pass.input);
                    for (int64_t task = begin; task < end; ++task) {
@@ -209,17 +212,19 @@ class DenseConvolution final : public ConvolutionAlgorithm {
                      const int64_t first = task % groups * group;
                      const int64_t last = std::min(panels, first + group);
                      windows.move_to(block);
-                     forward_block(plan, windows, block, pass, first, last);
+                     forward_block(plan, windows, block, pass.packed, target, pass.epilogue, first,
+                                   last);
                      if (pass.moments == nullptr) continue;
                      const int64_t c = first * kPanel;
-                     pass.moments->add(
-                         task / groups, pass.output + plan.first_pixel(block) * channels + c,
-                         block.pixels(), channels, c, std::min(channels, last * kPanel) - c);
+                     pass.moments->add(task / groups, target.at(block) + c, block.pixels(),
+                                       channels, c, std::min(channels, last * kPanel) - c);
                    }
                  });
   }
 
-  void backward(const ConvolutionShape&, const ConvolutionBackward&) const override {}
+  void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) const override {
+    dense::backward(shape, pass);
+  }
 };
 
 }  // namespace

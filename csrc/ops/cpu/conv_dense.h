@@ -1,6 +1,8 @@
 // What the forward and the backward pass of dense_convolution() share.
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "ops/cpu/convolution.h"
@@ -16,15 +18,38 @@ struct Block {
   int64_t pixels() const { return rows * columns; }
 };
 
-// A convolution cut into blocks. One that reads every pixel by itself is a matrix product, and all
-// its pixels one long row.
+// Floats whose rows do not straddle cache lines.
+struct alignas(64) Line {
+  float values[16];
+};
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : lines_(new Line[size / 16 + 1]) {}
+  float* data() { return lines_[0].values; }
+  const float* data() const { return lines_[0].values; }
+
+ private:
+  std::unique_ptr<Line[]> lines_;
+};
+
+// How many pixels a block should have, and whether pixels may be regrouped: a convolution that
+// reads each by itself is a matrix product, and all of them one long row.
+struct Cut {
+  int64_t pixels;
+  bool regroup = true;
+};
+
+// A convolution cut into blocks.
 class Plan {
  public:
-  explicit Plan(const ConvolutionShape& shape);
+  Plan(const ConvolutionShape& shape, const Cut& cut);
 
   const ConvolutionShape& shape() const { return shape_; }
+  // Whether pixels were regrouped.
+  bool is_matrix_product() const { return matrix_product_; }
   int64_t blocks() const { return shape_.batch * image_blocks(); }
   int64_t image_blocks() const { return row_blocks_ * column_blocks_; }
+  int64_t block_rows() const { return rows_; }
   Block block(int64_t index) const;
   int64_t first_pixel(const Block& block) const {
     return (block.image * shape_.out_height + block.row) * shape_.out_width + block.column;
@@ -34,48 +59,72 @@ class Plan {
     return (rows - 1) * shape_.stride_height + (shape_.kernel_height - 1) * shape_.dilation_height +
            1;
   }
-  int64_t block_rows() const { return rows_; }
 
   // A kernel row's pixels and channels are contiguous in the input, unless dilation parts them.
   int64_t runs() const { return shape_.kernel_height * row_runs(); }
+  int64_t row_runs() const { return shape_.dilation_width == 1 ? 1 : shape_.kernel_width; }
   int64_t depth() const { return shape_.kernel_width / row_runs() * shape_.channels; }
   int64_t steps() const { return runs() * depth(); }
-  int64_t row_runs() const { return shape_.dilation_width == 1 ? 1 : shape_.kernel_width; }
 
  private:
   ConvolutionShape shape_;
+  bool matrix_product_;
   int64_t rows_, columns_;  // of a block
   int64_t row_blocks_, column_blocks_;
 };
 
-// The input as output rows read it: without padding in place, else through zero-padded copies of
-// the rows last used.
+// The input as output rows read it: in place where no padding is read left and right, else through
+// zero-padded copies of the rows last used.
 class Windows {
  public:
   Windows(const Plan& plan, const float* input);
 
   // Makes the rows a block reads ready.
   void move_to(const Block& block);
-  // One pointer per run for the pixel (row, column) of the output.
-  void pointers(int64_t row, int64_t column, const float** runs) const;
+  // A pointer per run for every row of the block last moved to: [row][run].
+  const float* const* pointers() const { return pointers_.data(); }
 
  private:
-  const float* input_row(int64_t row) const;
+  const float* input_row(int64_t image, int64_t row) const;
 
   const Plan& plan_;
   const float* input_;
-  int64_t image_ = 0;
-  int64_t padded_;             // floats of a padded row
-  int64_t slots_;              // rows kept, row h in slot h % slots_; none without padding in width
+  int64_t left_;               // pixels of padding before a copied row
+  int64_t padded_;             // floats of a row with its padding
+  int64_t slots_ = 0;          // copies kept, row h in slot h % slots_
   std::vector<float> rows_;    // and a row of zeros
   std::vector<int64_t> kept_;  // which row of the batch a slot holds
+  std::vector<const float*> pointers_;
 };
 
-// Computes the output of one block, panels [first_panel, last_panel).
-void forward_block(const Plan& plan, const Windows& windows, const Block& block,
-                   const ConvolutionForward& pass, int64_t first_panel, int64_t last_panel);
+// Where an output goes: floats from one image, row and pixel to the next.
+struct Target {
+  float* data;
+  int64_t image, row, pixel;
 
+  float* at(const Block& block) const {
+    return data + block.image * image + block.row * row + block.column * pixel;
+  }
+};
+
+// Computes panels [first, last) of the block that `windows` was moved to.
+void forward_block(const Plan& plan, const Windows& windows, const Block& block,
+                   const float* packed, const Target& target, const kernels::Epilogue& epilogue,
+                   int64_t first, int64_t last);
+
+void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass);
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t panels_of(int64_t columns) { return divide_up(columns, kernels::kPanel); }
 // Columns of a panel as packed.
-int64_t panel_width(int64_t columns, int64_t panel);
+inline int64_t panel_width(int64_t columns, int64_t panel) {
+  const int64_t left = std::min(kernels::kPanel, columns - panel * kernels::kPanel);
+  return divide_up(left, kernels::kPanelGroup) * kernels::kPanelGroup;
+}
+inline int64_t packed_size(int64_t columns, int64_t steps) {
+  const int64_t last = panels_of(columns) - 1;
+  return (last * kernels::kPanel + panel_width(columns, last)) * steps;
+}
 
 }  // namespace torchweld::ops::dense

@@ -87,13 +87,14 @@ std::tuple<Tensor, Tensor> conv_forward(Tensor input, Tensor weight, OptionalTen
   const Tensor x = channels_last(input), w = channels_last(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   if (residual) residual = channels_last(*residual);
-  std::vector<float> packed(chosen.packed_size(shape));
-  chosen.pack(shape, w.const_data_ptr<float>(), packed.data());
+  const int64_t packed_size = chosen.packed_size(shape);
+  const Tensor packed = torch::stable::empty({&packed_size, 1}, ScalarType::Float);
+  chosen.pack(shape, w.const_data_ptr<float>(), packed.mutable_data_ptr<float>());
   const Tensor output = empty_channels_last(sizes);
   BlockMoments collected;
   chosen.forward(shape,
                  {.input = x.const_data_ptr<float>(),
-                  .packed = packed.data(),
+                  .packed = packed.const_data_ptr<float>(),
                   .output = output.mutable_data_ptr<float>(),
                   .epilogue = {.bias = bias ? bias->const_data_ptr<float>() : nullptr,
                                .residual = residual ? residual->const_data_ptr<float>() : nullptr,

@@ -1,0 +1,237 @@
+// Both gradients from one visit to the gradient of the output, a chunk at a time: the rows of a
+// chunk lie in scratch that stays in cache, and the input gradient is a dense forward over them.
+#include <cstring>
+
+#include "ops/cpu/conv_dense.h"
+#include "ops/kernels.h"
+#include "ops/torch_compat.h"
+
+namespace torchweld::ops::dense {
+namespace {
+
+using kernels::kPanel;
+
+// Floats of a chunk that is one block, and its fewest and most pixels: a weight gradient is one
+// chain of additions within a block.
+constexpr int64_t kChunkSize = 1 << 16;
+constexpr int64_t kMinPixels = 48;
+constexpr int64_t kMaxPixels = 128;
+// Partial weight gradients: at most so many, as long as they have so many floats together.
+constexpr int64_t kMaxTasks = 32;
+constexpr int64_t kMinTasks = 4;
+constexpr int64_t kPartialsSize = 1 << 21;
+
+// Along one axis, the input pixels first, first + stride, ... and the kernel taps that reach them.
+// Over the output's gradient these taps, in reverse, are a convolution of stride 1.
+struct Phase {
+  int64_t tap, taps;
+  int64_t first, count;
+  int64_t padding;
+};
+
+std::vector<Phase> phases(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                          int64_t dilation) {
+  std::vector<Phase> result;
+  for (int64_t tap = 0; tap < std::min(stride, kernel); ++tap) {
+    const int64_t taps = (kernel - 1 - tap) / stride + 1;
+    const int64_t skipped = padding > tap ? divide_up(padding - tap, stride) : 0;
+    const int64_t first = tap - padding + stride * skipped;
+    if (first >= size) continue;
+    result.push_back(
+        {tap, taps, first, (size - 1 - first) / stride + 1, (taps - 1) * dilation - skipped});
+  }
+  return result;
+}
+
+// The gradient of the input, or of the pixels of one phase in it.
+class InputGradient {
+ public:
+  InputGradient(const ConvolutionShape& s, const Phase& vertical, const Phase& horizontal,
+                const float* weight)
+      : shape_(s),
+        offset_((vertical.first * s.width + horizontal.first) * s.channels),
+        strided_(s.stride_height > 1 || s.stride_width > 1),
+        target_{nullptr, 0, s.stride_height * s.width * s.channels, s.stride_width * s.channels},
+        packed_(packed_size(s.channels, vertical.taps * horizontal.taps * s.out_channels)) {
+    shape_.batch = 1;
+    shape_.height = s.out_height;
+    shape_.width = s.out_width;
+    shape_.channels = s.out_channels;
+    shape_.out_height = vertical.count;
+    shape_.out_width = horizontal.count;
+    shape_.out_channels = s.channels;
+    shape_.kernel_height = vertical.taps;
+    shape_.kernel_width = horizontal.taps;
+    shape_.stride_height = shape_.stride_width = 1;
+    shape_.padding_height = vertical.padding;
+    shape_.padding_width = horizontal.padding;
+    pack(s, vertical, horizontal, weight);
+  }
+
+  // From the gradient of one image's output, or of a run of `pixels` where pixels are independent.
+  void compute(const float* gradient, int64_t pixels, float* grad_input) const {
+    ConvolutionShape shape = shape_;
+    if (pixels > 0) {
+      shape.height = shape.out_height = 1;
+      shape.width = shape.out_width = pixels;
+    }
+    const int64_t wish = std::max(kMinPixels, (1 << 14) / shape.out_channels);
+    const Plan plan(shape, {.pixels = wish, .regroup = !strided_});
+    Target target = target_;
+    target.data = grad_input + offset_;
+    Windows windows(plan, gradient);
+    for (int64_t i = 0; i < plan.blocks(); ++i) {
+      const Block block = plan.block(i);
+      windows.move_to(block);
+      forward_block(plan, windows, block, packed_.data(), target, {}, 0,
+                    panels_of(shape.out_channels));
+    }
+  }
+
+ private:
+  // Panels over the input's channels, whose rows are contiguous in the weight.
+  void pack(const ConvolutionShape& s, const Phase& vertical, const Phase& horizontal,
+            const float* weight) {
+    const int64_t taps = vertical.taps * horizontal.taps, steps = taps * s.out_channels;
+    parallel_for(panels_of(s.channels) * taps, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t panel = i / taps, column = panel * kPanel, tap = taps - 1 - i % taps;
+        const int64_t r = vertical.tap + tap / horizontal.taps * s.stride_height;
+        const int64_t q = horizontal.tap + tap % horizontal.taps * s.stride_width;
+        const int64_t width = panel_width(s.channels, panel);
+        const int64_t columns = std::min(kPanel, s.channels - column);
+        float* to = packed_.data() + column * steps + i % taps * s.out_channels * width;
+        for (int64_t k = 0; k < s.out_channels; ++k, to += width) {
+          const float* from =
+              weight + ((k * s.kernel_height + r) * s.kernel_width + q) * s.channels + column;
+          std::memcpy(to, from, columns * sizeof(float));
+          std::fill(to + columns, to + width, 0.0f);
+        }
+      }
+    });
+  }
+
+  ConvolutionShape shape_;
+  int64_t offset_;
+  bool strided_;
+  Target target_;
+  Scratch packed_;
+};
+
+// Adds a block's part to a partial weight gradient [run][depth][out_channels], or starts it.
+void weight_gradient(const Plan& plan, const Windows& windows, const Block& block,
+                     const float* gradient, float* partial, bool start) {
+  const ConvolutionShape& s = plan.shape();
+  const auto gemm = cpu_kernels().gemm->gemm;
+  std::vector<const float*> a(block.rows);
+  kernels::GemmArguments g{};
+  g.rows = plan.depth();
+  g.runs = block.rows;
+  g.depth = block.columns;
+  g.a = a.data();
+  g.a_row = 1;
+  g.a_step = s.stride_width * s.channels;
+  g.b_row = g.c_row = s.out_channels;
+  for (int64_t column = 0; column < s.out_channels; column += kPanel) {
+    g.columns = std::min(kPanel, s.out_channels - column);
+    g.b = gradient + column;
+    for (int64_t run = 0; run < plan.runs(); ++run) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        a[row] = windows.pointers()[row * plan.runs() + run];
+      }
+      g.c = partial + run * plan.depth() * s.out_channels + column;
+      // Added when a block's chain is done, and not where it starts: short chains err less.
+      g.epilogue.residual = start ? nullptr : g.c;
+      gemm(g);
+    }
+  }
+}
+
+// The sum of `count` partial gradients [steps][channels], transposed to [channels][steps].
+void merge(const float* partials, int64_t count, int64_t steps, int64_t channels, float* sum) {
+  constexpr int64_t kRows = 16;
+  parallel_for(divide_up(steps, kRows), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kRows; i < std::min(steps, end * kRows); i += kRows) {
+      const int64_t rows = std::min(kRows, steps - i);
+      for (int64_t column = 0; column < channels; column += kPanel) {
+        const int64_t columns = std::min(kPanel, channels - column);
+        double tile[kRows][kPanel] = {};
+        for (int64_t part = 0; part < count; ++part) {
+          const float* from = partials + (part * steps + i) * channels + column;
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t j = 0; j < columns; ++j) tile[r][j] += from[r * channels + j];
+          }
+        }
+        for (int64_t j = 0; j < columns; ++j) {
+          float* to = sum + (column + j) * steps + i;
+          for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<float>(tile[r][j]);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
+  const int64_t wish =
+      std::clamp(kChunkSize / std::max(shape.channels, shape.out_channels), kMinPixels, kMaxPixels);
+  const Plan plan(shape, {.pixels = wish});
+  const ConvolutionShape& s = plan.shape();
+  const bool want_input = pass.grad_input != nullptr, want_weight = pass.grad_weight != nullptr;
+
+  std::vector<InputGradient> input_gradients;
+  bool untouched = false;  // input pixels that no tap reaches
+  if (want_input) {
+    const auto vertical =
+        phases(s.height, s.kernel_height, s.stride_height, s.padding_height, s.dilation_height);
+    const auto horizontal =
+        phases(s.width, s.kernel_width, s.stride_width, s.padding_width, s.dilation_width);
+    untouched = s.kernel_height < s.stride_height || s.kernel_width < s.stride_width;
+    for (const Phase& v : vertical) {
+      for (const Phase& h : horizontal) input_gradients.emplace_back(s, v, h, pass.weight);
+    }
+  }
+
+  // Rows of the output's gradient are needed more than once for the input's: then a chunk is an
+  // image. Where pixels are independent, or nobody asks for it, a chunk is a block.
+  const bool by_image = want_input && !plan.is_matrix_product();
+  const int64_t chunk_blocks = by_image ? plan.image_blocks() : 1;
+  const int64_t chunks = plan.blocks() / std::max<int64_t>(1, chunk_blocks);
+  const int64_t weights = shape.weights();
+  const int64_t most = std::clamp(kPartialsSize / weights, kMinTasks, kMaxTasks);
+  const int64_t tasks = want_weight ? std::min(chunks, most) : chunks;
+  Scratch partials(want_weight ? tasks * weights : 1);
+
+  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t pixels = by_image ? s.out_height * s.out_width : plan.block(0).pixels();
+    Scratch gradient(pixels * s.out_channels);
+    Windows windows(plan, pass.input);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first_chunk = task * chunks / tasks;
+      for (int64_t chunk = first_chunk; chunk < (task + 1) * chunks / tasks; ++chunk) {
+        const Block first = plan.block(chunk * chunk_blocks);
+        const int64_t pixel = plan.first_pixel(first);
+        const int64_t count = by_image ? pixels : first.pixels();
+        pass.grad_output(pixel, count, gradient.data());
+        for (int64_t i = 0; want_weight && i < chunk_blocks; ++i) {
+          const Block block = plan.block(chunk * chunk_blocks + i);
+          windows.move_to(block);
+          weight_gradient(plan, windows, block,
+                          gradient.data() + (plan.first_pixel(block) - pixel) * s.out_channels,
+                          partials.data() + task * weights, chunk == first_chunk && i == 0);
+        }
+        if (!want_input) continue;
+        const int64_t image = s.height * s.width * s.channels;
+        float* grad_input = pass.grad_input + (by_image ? first.image * image : pixel * s.channels);
+        if (untouched) std::memset(grad_input, 0, image * sizeof(float));
+        for (const InputGradient& part : input_gradients) {
+          part.compute(gradient.data(), by_image ? 0 : count, grad_input);
+        }
+      }
+    }
+  });
+  if (want_weight) merge(partials.data(), tasks, plan.steps(), s.out_channels, pass.grad_weight);
+}
+
+}  // namespace torchweld::ops::dense
