@@ -60,8 +60,10 @@ using NormalizeKernel = void (*)(const NormalizeArguments& arguments);
 using ReduceKernel = void (*)(const NormalizeArguments& arguments, double* first, double* second);
 // Writes grad_x (`out`, unless null) and g (`grad_residual`, unless null).
 using ApplyKernel = void (*)(const NormalizeArguments& arguments);
-// Mean and sum of squared deviations over the runs per column: mean[k] and m2[k].
-using StatisticsKernel = void (*)(const void* x, const Runs& runs, double* mean, double* m2);
+// Adds the runs to statistics of `count` values per column: their mean, and the sum of squared
+// deviations from it. mean[k] and m2[k] begin as 0, with a count of 0.
+using StatisticsKernel = void (*)(const void* x, const Runs& runs, double count, double* mean,
+                                  double* m2);
 
 enum class Layout { planes, columns };
 inline constexpr std::size_t kLayoutCount = 2;

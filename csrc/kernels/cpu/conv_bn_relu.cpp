@@ -45,9 +45,11 @@ struct Columns {
 
 // Runs that are summed in the arithmetic type before they are merged in double: few enough for
 // accuracy, and small enough to stay in cache for a second sweep.
+inline constexpr int64_t kTileRuns = 32;
+
 template <class T, Layout kLayout>
 int64_t runs_per_tile(const Runs& runs) {
-  if (kLayout == Layout::columns) return 32;
+  if (kLayout == Layout::columns) return kTileRuns;
   const int64_t count = 2048 / runs.size;
   return count > 0 ? count : 1;
 }
@@ -62,59 +64,142 @@ void for_each_tile(const Runs& runs, const F& f) {
   }
 }
 
-// Two steps per tile: about its mean in the arithmetic type, whatever that mean lost in rounding
-// corrected by the sum of deviations from it; then tiles merged in double by Chan's formula
-// (Chan, Golub, LeVeque 1979). Accurate for means far larger than the deviation.
-template <class T, Layout kLayout>
-void statistics(const void* data, const Runs& runs, double* mean, double* m2) {
-  using C = Columns<T, kLayout>;
+// Adds a tile of `size` values per column to the statistics of `count` others, by Chan's formula
+// (Chan, Golub, LeVeque 1979). The tile's sums are of deviations from a center in the arithmetic
+// type and of their squares; what the center misses of the tile's mean, their sum knows.
+struct Merge {
+  double count, size;
+  double inverse = 1 / size;
+  double weight = size / (count + size);
+
+  template <class V>
+  void operator()(V center, V deviations, V squares, V& mean, V& m2) const {
+    const V zero{};
+    const V inside = squares - deviations * deviations * inverse;
+    const V delta = center + deviations * inverse - mean;
+    mean += delta * weight;
+    m2 += (inside < zero ? zero : inside) + delta * delta * (count * weight);
+  }
+};
+
+// The statistics of kRegisters of columns. Deviations are taken from the mean of the tiles before:
+// should it be far off, the merge adds more to m2 than the squares have lost. The first tile, which
+// has none before it, is read twice.
+template <class T, int kRegisters, class P>
+__attribute__((noinline)) void column_statistics(const T* data, const Runs& runs, double count,
+                                                 double* mean, double* m2, P part) {
+  using Vec = typename Math<T>::Vec;
+  using Scalar = typename Math<T>::Scalar;
+  constexpr int kLanes = Math<T>::kLanes, kWide = kLanes / kLanesD;
+  for_each_tile<T, Layout::columns>(runs, [&](int64_t first, const Runs& tile) {
+    const T* begin = data + first * tile.stride;
+    const Merge merge{count, (double)tile.count};
+    Vec centers[kRegisters], sums[kRegisters], squares[kRegisters];
+#pragma GCC unroll 4
+    for (int j = 0; j < kRegisters; ++j) sums[j] = squares[j] = Vec{};
+    if (count == 0) {
+      for (int64_t run = 0; run < tile.count; ++run) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kRegisters; ++j) {
+          sums[j] += load(begin + run * tile.stride + j * kLanes, part);
+        }
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kRegisters; ++j) {
+        centers[j] = sums[j] * (Scalar)merge.inverse;
+        sums[j] = Vec{};
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < kRegisters; ++j) {
+        VecD wide[kWide];
+#pragma GCC unroll 4
+        for (int h = 0; h < kWide; ++h) wide[h] = load(mean + j * kLanes + h * kLanesD);
+        centers[j] = narrow(wide);
+      }
+    }
+    for (int64_t run = 0; run < tile.count; ++run) {
+      const T* row = begin + run * tile.stride;
+#pragma GCC unroll 4
+      for (int j = 0; j < kRegisters; ++j) {
+        __builtin_prefetch(row + kTileRuns * tile.stride + j * kLanes);
+        const Vec d = load(row + j * kLanes, part) - centers[j];
+        sums[j] += d;
+        squares[j] = fma(d, d, squares[j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kRegisters; ++j) {
+      VecD center[kWide], deviations[kWide], square[kWide];
+      widen(centers[j], center);
+      widen(sums[j], deviations);
+      widen(squares[j], square);
+#pragma GCC unroll 4
+      for (int h = 0; h < kWide; ++h) {
+        const int64_t k = j * kLanes + h * kLanesD;
+        VecD new_mean = load(mean + k), new_m2 = load(m2 + k);
+        merge(center[h], deviations[h], square[h], new_mean, new_m2);
+        store(mean + k, new_mean);
+        store(m2 + k, new_m2);
+      }
+    }
+    count += merge.size;
+  });
+}
+
+template <class T>
+void statistics_of_columns(const void* data, const Runs& runs, double count, double* mean,
+                           double* m2) {
+  constexpr int kLanes = Math<T>::kLanes;
+  const T* x = static_cast<const T*>(data);
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= runs.size; k += 4 * kLanes) {
+    column_statistics<T, 4>(x + k, runs, count, mean + k, m2 + k, Whole{});
+  }
+  for (; k + kLanes <= runs.size; k += kLanes) {
+    column_statistics<T, 1>(x + k, runs, count, mean + k, m2 + k, Whole{});
+  }
+  if (k == runs.size) return;
+  const int64_t left = runs.size - k;
+  double means[kLanes] = {}, m2s[kLanes] = {};
+  for (int64_t i = 0; i < left; ++i) means[i] = mean[k + i], m2s[i] = m2[k + i];
+  column_statistics<T, 1>(x + k, runs, count, means, m2s, Part{left});
+  for (int64_t i = 0; i < left; ++i) mean[k + i] = means[i], m2[k + i] = m2s[i];
+}
+
+// A plane's tile is summed about its own mean.
+template <class T>
+void statistics_of_planes(const void* data, const Runs& runs, double count, double* mean,
+                          double* m2) {
+  using C = Columns<T, Layout::planes>;
   using Vec = typename C::Vec;
   using Scalar = typename C::Scalar;
   const T* x = static_cast<const T*>(data);
-  const int64_t columns = C::columns(runs), registers = C::registers(runs);
-  for (int64_t k = 0; k < columns; ++k) mean[k] = m2[k] = 0;
-  double count = 0;
-
-  for_each_tile<T, kLayout>(runs, [&](int64_t first, const Runs& tile) {
+  for_each_tile<T, Layout::planes>(runs, [&](int64_t first, const Runs& tile) {
     const T* begin = x + first * runs.stride;
-    const double size = (double)tile.count * (C::kPlanes ? tile.size : 1);
-    Vec sums[C::kRegisters], squares[C::kRegisters], centers[C::kRegisters];
-
-    for (int64_t j = 0; j < registers; ++j) sums[j] = Vec{};
+    const Merge merge{count, (double)(tile.count * tile.size)};
+    Vec sums[kGroup] = {}, squares[kGroup] = {};
     for (int64_t run = 0; run < tile.count; ++run) {
       for_each_register<C::kLanes>(tile.size, [&](int64_t i, int p, auto part) {
         prefetch(begin + run * tile.stride + i);
-        sums[C::index(i, p)] += load(begin + run * tile.stride + i, part);
+        sums[p] += load(begin + run * tile.stride + i, part);
       });
     }
-    if constexpr (C::kPlanes) {
-      const Vec center = broadcast<Vec>((Scalar)(C::total(sums, 0) / size));
-      for (int64_t j = 0; j < registers; ++j) centers[j] = center;
-    } else {
-      for (int64_t j = 0; j < registers; ++j) centers[j] = sums[j] * (Scalar)(1 / size);
-    }
+    const Scalar center = (Scalar)(C::total(sums, 0) / merge.size);
 
-    for (int64_t j = 0; j < registers; ++j) sums[j] = squares[j] = Vec{};
+    for (int p = 0; p < kGroup; ++p) sums[p] = Vec{};
     for (int64_t run = 0; run < tile.count; ++run) {
       for_each_register<C::kLanes>(tile.size, [&](int64_t i, int p, auto part) {
-        const int64_t j = C::index(i, p);
-        const Vec d = keep(load(begin + run * tile.stride + i, part) - centers[j], part);
-        sums[j] += d;
-        squares[j] = fma(d, d, squares[j]);
+        const Vec d =
+            keep(load(begin + run * tile.stride + i, part) - broadcast<Vec>(center), part);
+        sums[p] += d;
+        squares[p] = fma(d, d, squares[p]);
       });
     }
-
-    const double total = count + size;
-    const double weight = size / total;
-    for (int64_t k = 0; k < columns; ++k) {
-      const double deviation = C::total(sums, k);
-      const double center = centers[k / C::kLanes][k % C::kLanes];
-      const double tile_m2 = C::total(squares, k) - deviation * deviation / size;
-      const double delta = center + deviation / size - mean[k];
-      mean[k] += delta * weight;
-      m2[k] += (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * count * weight;
-    }
-    count = total;
+    const double deviations = C::total(sums, 0);
+    const double inside = C::total(squares, 0);
+    merge((double)center, deviations, inside, *mean, *m2);
+    count += merge.size;
   });
 }
 
@@ -240,10 +325,10 @@ const ConvBNReLUKernels conv_bn_relu{
     .normalize = TORCHWELD_EACH_LAYOUT(normalize),
     .reduce = TORCHWELD_EACH_LAYOUT(reduce),
     .apply = TORCHWELD_EACH_LAYOUT(apply),
-    .statistics = {{statistics<float, Layout::planes>, statistics<double, Layout::planes>,
-                    statistics<BFloat16, Layout::planes>, statistics<Float16, Layout::planes>},
-                   {statistics<float, Layout::columns>, statistics<double, Layout::columns>,
-                    statistics<BFloat16, Layout::columns>, statistics<Float16, Layout::columns>}},
+    .statistics = {{statistics_of_planes<float>, statistics_of_planes<double>,
+                    statistics_of_planes<BFloat16>, statistics_of_planes<Float16>},
+                   {statistics_of_columns<float>, statistics_of_columns<double>,
+                    statistics_of_columns<BFloat16>, statistics_of_columns<Float16>}},
 };
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

@@ -292,6 +292,17 @@ inline void widen(VecF v, VecD (&out)[2]) {
   out[1] = __builtin_convertvector(half[1], VecD);
 }
 
+// And back, rounded to the nearest.
+inline VecD narrow(const VecD (&in)[1]) { return in[0]; }
+inline VecF narrow(const VecD (&in)[2]) {
+  typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));
+  const HalfF half[2] = {__builtin_convertvector(in[0], HalfF),
+                         __builtin_convertvector(in[1], HalfF)};
+  VecF v;
+  memcpy(&v, half, sizeof v);
+  return v;
+}
+
 // The value rounded to what storing it as T and loading it again would give.
 template <class T>
 inline typename Math<T>::Vec round_to(typename Math<T>::Vec v) {

@@ -9,19 +9,19 @@
 namespace torchweld::ops {
 namespace {
 
-// Chan's formula: adds a part's values to a sum's.
-struct Merge {
-  double *count, *mean, *m2;
+// The kernel's loop over registers is worth starting for this many columns.
+constexpr int64_t kWideEnough = 64;
 
-  void operator()(int64_t c, double part_count, double part_mean, double part_m2) const {
-    const double total = count[c] + part_count;
-    const double weight = part_count / total;
-    const double delta = part_mean - mean[c];
+// Adds `part` values per channel to statistics of `count` others, by Chan's formula.
+void merge(double count, double part, int64_t channels, const double* part_mean,
+           const double* part_m2, double* mean, double* m2) {
+  const double weight = part / (count + part);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double delta = part_mean[c] - mean[c];
     mean[c] += delta * weight;
-    m2[c] += part_m2 + delta * delta * count[c] * weight;
-    count[c] = total;
+    m2[c] += part_m2[c] + delta * delta * (count * weight);
   }
-};
+}
 
 }  // namespace
 
@@ -36,43 +36,50 @@ void BlockMoments::add(int64_t block, const float* data, int64_t pixels, int64_t
   const auto kernel =
       cpu_kernels().conv_bn_relu->statistics[static_cast<size_t>(kernels::Layout::columns)]
                                             [static_cast<size_t>(kernels::DType::float32)];
-  double* partial = partials_.data() + 3 * block * channels_ + first;
-  const Merge merge{partial, partial + channels_, partial + 2 * channels_};
-  double mean[kernels::kMaxColumns], m2[kernels::kMaxColumns];
+  double* counts = partials_.data() + 3 * block * channels_ + first;
+  double *mean = counts + channels_, *m2 = mean + channels_;
+  const double count = counts[0];
+  std::fill_n(counts, columns, count + static_cast<double>(pixels));
 
   // Several pixels to a row where few channels would leave registers empty.
   int64_t copies = 1;
-  if (columns == row) {
+  if (columns == row && columns < kWideEnough) {
     copies = kernels::kColumnGroup / std::gcd(columns, kernels::kColumnGroup);
-    while (2 * copies * columns <= kernels::kMaxColumns) copies *= 2;
-    if (copies * columns > kernels::kMaxColumns || copies > pixels) copies = 1;
+    while (copies * columns < kWideEnough) copies *= 2;
+    if (copies > pixels) copies = 1;
   }
   const int64_t rows = pixels / copies;
-  const auto add_rows = [&](const float* from, int64_t count, int64_t copies_here) {
-    const int64_t width = columns * copies_here;
-    for (int64_t k = 0; k < width; k += kernels::kMaxColumns) {
-      const int64_t size = std::min(kernels::kMaxColumns, width - k);
-      kernel(from + k, {count, size, row * copies_here}, mean, m2);
-      for (int64_t j = 0; j < size; ++j) {
-        merge((k + j) % columns, static_cast<double>(count), mean[j], m2[j]);
-      }
-    }
-  };
-  if (rows > 0) add_rows(data, rows, copies);
-  if (pixels % copies != 0) add_rows(data + rows * copies * row, 1, pixels % copies);
+  if (copies == 1) return kernel(data, {rows, columns, row}, count, mean, m2);
+
+  std::vector<double> means(copies * columns), m2s(copies * columns);
+  kernel(data, {rows, copies * columns, copies * row}, 0, means.data(), m2s.data());
+  const double part = static_cast<double>(rows);
+  for (int64_t i = 0; i < copies; ++i) {
+    merge(count + i * part, part, columns, means.data() + i * columns, m2s.data() + i * columns,
+          mean, m2);
+  }
+  const int64_t left = pixels - rows * copies;
+  if (left > 0) {
+    kernel(data + rows * copies * row, {left, columns, row}, count + copies * part, mean, m2);
+  }
 }
 
 Moments BlockMoments::merged() const {
   Moments result{0, Channels(channels_), Channels(channels_)};
-  Channels counts(channels_);
-  const Merge merge{counts.data(), result.mean.data(), result.m2.data()};
-  for (int64_t block = 0; block < blocks_; ++block) {
-    const double* p = partials_.data() + 3 * block * channels_;
-    for (int64_t c = 0; c < channels_; ++c) {
-      if (p[c] > 0) merge(c, p[c], p[channels_ + c], p[2 * channels_ + c]);
+  if (channels_ == 0) return result;
+  parallel_for(channels_, 64, [&](int64_t begin, int64_t end) {
+    double count = 0;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const double* p = partials_.data() + 3 * block * channels_ + begin;
+      if (p[0] == 0) continue;
+      merge(count, p[0], end - begin, p + channels_, p + 2 * channels_, result.mean.data() + begin,
+            result.m2.data() + begin);
+      count += p[0];
     }
+  });
+  for (int64_t block = 0; block < blocks_; ++block) {
+    result.count += partials_[3 * block * channels_];
   }
-  result.count = channels_ > 0 ? counts[0] : 0;
   return result;
 }
 

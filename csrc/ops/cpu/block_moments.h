@@ -22,7 +22,8 @@ class BlockMoments {
 
   // Takes in `pixels` rows of `columns` channels from channel `first` on, `row` floats apart. Calls
   // for one block and channel must come from one thread, in an order fixed by the shape; different
-  // blocks or channels may come at once.
+  // blocks or channels may come at once. A block's channels come in the same panels every time, and
+  // in the end all of them with as many pixels.
   void add(int64_t block, const float* data, int64_t pixels, int64_t row, int64_t first,
            int64_t columns);
 

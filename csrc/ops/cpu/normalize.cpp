@@ -43,7 +43,7 @@ Moments moments_of(const Tensor& x) {
                                                             [static_cast<size_t>(tiling.dtype())];
   std::vector<double> partials = tiling.partials();
   tiling.for_each_task([&](const Task& task) {
-    kernel(at(x, task), task.runs, tiling.first(partials, task), tiling.second(partials, task));
+    kernel(at(x, task), task.runs, 0, tiling.first(partials, task), tiling.second(partials, task));
   });
 
   Moments result{static_cast<double>(tiling.values_per_channel()), Channels(channels),
