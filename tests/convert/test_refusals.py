@@ -78,7 +78,6 @@ CASES = {
     "Subclass is a subclass of Conv2d": Uses(_simple, Subclass(4, 4, 1)),
     "Conv1d is not Conv2d": nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)),
     "Conv3d is not Conv2d": nn.Sequential(nn.Conv3d(4, 4, 1), nn.BatchNorm3d(4)),
-    "SyncBatchNorm is not BatchNorm2d": Uses(_simple, bn=nn.SyncBatchNorm(4)),
     "LazyConv2d is lazy": Uses(_simple, nn.LazyConv2d(4, 1)),
     "LazyBatchNorm2d is lazy": Uses(_simple, bn=nn.LazyBatchNorm2d()),
     "Conv2d has hooks": Uses(_simple, hooked(nn.Conv2d(4, 4, 1))),
