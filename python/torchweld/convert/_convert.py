@@ -17,6 +17,7 @@ from torchweld.convert._inline import inline
 from torchweld.convert._trace import Traced, trace, usual_call
 from torchweld.convert._values import stock_class
 from torchweld.convert._watch import UntraceableError
+from torchweld.nn import SyncBatchNorm
 from torchweld.report import Report, Row, record
 
 _CONVERSION = "conv_bn_relu"
@@ -94,6 +95,8 @@ def weld(
     for module in welded.modules():
         if _welded.is_welded(module) and not _welded.is_snapshot(module):
             _welded.uninstall(module)
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = SyncBatchNorm  # type: ignore[assignment]
     if inference:
         welded.eval().requires_grad_(False)
     rows = _weld_all(welded, inference)
@@ -135,6 +138,8 @@ def unweld(model: nn.Module) -> nn.Module:
     for module in stock.modules():
         if _welded.is_welded(module):
             _welded.uninstall(module)
+        if type(module) is SyncBatchNorm:
+            module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
     record(stock, Report(), replacing=_CONVERSION)
     return stock
 

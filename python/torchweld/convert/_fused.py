@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torchweld.convert._frozen import eps_of
 from torchweld.nn import ConvReLU2d
 from torchweld.nn.conv_bn_relu import _fold
 from torchweld.nn.functional import _bn_state, _both_sides, _conv_bn_relu, _conv_state, _pad
-from torchweld.nn.sync_batch_norm import exchanges, sync_batch_norm_relu
+from torchweld.nn.sync_batch_norm import SyncBatchNorm, exchanges, sync_batch_norm_relu
 
 # Where the fused ops run; "meta" is where shapes are worked out.
 _DEVICES = ("cpu", "meta")
@@ -42,7 +43,7 @@ def fused(
     if residual is not None and linear:
         residual = _as_image(residual)
     if exchanges(bn):
-        assert isinstance(bn, nn.SyncBatchNorm)
+        assert isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm))
         image = _as_image(conv(input)) if linear else conv(input)
         output = sync_batch_norm_relu(image, bn, activation, negative_slope, residual)
     else:
@@ -57,8 +58,10 @@ def _takes(input: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
     if input.device.type not in _DEVICES:
         return False
     if isinstance(conv, nn.Linear):
-        # One row is an error in training, which the stock module words better.
-        return input.dim() == 2 and (input.shape[0] > 1 or exchanges(bn))
+        if input.dim() != 2 or _is_tracing() or exchanges(bn):
+            return input.dim() == 2
+        # An image has pixels; one row is an error in training, which stock words better.
+        return input.shape[0] > int(bn.training)
     if input.dim() != 4:
         return False
     # Written as a product and a sum, a frozen batch norm promotes where the op would round.
@@ -67,11 +70,11 @@ def _takes(input: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
 
 def _as_image(rows: Tensor) -> Tensor:
     """View [N, C] as [1, C, N, 1], which is its memory read as channels_last."""
-    return rows.t()[None, :, :, None]
+    return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def _as_rows(image: Tensor) -> Tensor:
-    return image[0, :, :, 0].t()
+    return image.permute(0, 2, 3, 1).reshape(image.shape[2], image.shape[1])
 
 
 def _state_of_conv(conv: nn.Module) -> tuple[Any, ...]:
@@ -168,6 +171,19 @@ def _fits(residual: Tensor, input: Tensor, conv: nn.Module) -> bool:
         return False
     if residual.dtype != _dtype_after(input):
         return False
+    if not _is_tracing():
+        return _has_shape_after(residual, input, conv)
+    # A trace keeps the answer, and the op it leads to looks at the shapes again.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return _has_shape_after(residual, input, conv)
+
+
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def _has_shape_after(residual: Tensor, input: Tensor, conv: nn.Module) -> bool:
     if residual.dim() != (2 if isinstance(conv, nn.Linear) else 4):
         return False
     if residual.shape[:2] != (input.shape[0], conv.weight.shape[0]):  # type: ignore[index]

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from torchweld.convert._frozen import has_frozen_name, is_frozen
 from torchweld.convert._values import stock_class
-from torchweld.nn import ConvReLU2d
+from torchweld.nn import ConvReLU2d, SyncBatchNorm
 
 
 def is_conv(module: nn.Module | None) -> TypeGuard[nn.Module]:
@@ -31,7 +31,7 @@ def is_batch_norm(module: nn.Module | None) -> TypeGuard[nn.Module]:
 def words(conv: type[nn.Module], bn: type[nn.Module]) -> tuple[str, str]:
     """Name the classes of a pair, for reports."""
     first = "linear" if conv is nn.Linear else "conv"
-    if bn is nn.SyncBatchNorm:
+    if bn in (SyncBatchNorm, nn.SyncBatchNorm):
         return first, "sync_bn"
     return first, "frozen_bn" if bn.__name__ == "FrozenBatchNorm2d" else "bn"
 
@@ -108,7 +108,7 @@ def _is_quantized(module: nn.Module | None) -> bool:
 
 
 def _is_relative(bn: nn.Module) -> bool:
-    return type(bn) is nn.SyncBatchNorm or is_frozen(bn)
+    return type(bn) in (SyncBatchNorm, nn.SyncBatchNorm) or is_frozen(bn)
 
 
 def reason_against_folding(bn: nn.Module) -> str:

@@ -2,20 +2,85 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _ops = torch.ops.torchweld
+
+
+class SyncBatchNorm(_BatchNorm):
+    """``nn.SyncBatchNorm`` that runs on the CPU too, and inside ``DistributedDataParallel`` there.
+
+    State, arguments and meaning are those of the stock class. :func:`torchweld.weld` puts it in the
+    place of every ``nn.SyncBatchNorm``, :func:`torchweld.unweld` takes it out again.
+
+    Args:
+        num_features: as in ``nn.SyncBatchNorm``, and so all others.
+        eps: see there.
+        momentum: see there.
+        affine: see there.
+        track_running_stats: see there.
+        process_group: the processes to exchange with; all by default.
+        device: see there.
+        dtype: see there.
+
+    Note:
+        See :func:`sync_batch_norm_relu`. Without a process group, or alone in it, this is plain
+        batch normalization. Tensors on other devices than the CPU go to the stock class.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> tw.nn.SyncBatchNorm(3)(torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``[N, C, ...]`` with the statistics of all processes."""
+        output: Tensor
+        if not exchanges(self):
+            output = super().forward(input)
+        elif input.device.type != "cpu":
+            output = nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
+        else:
+            self._check_input_dim(input)
+            shape = *input.shape[:2], math.prod(input.shape[2:]), 1
+            image = input if input.dim() == 4 else input.reshape(shape)
+            output = sync_batch_norm_relu(image, self, "identity").view_as(input)
+        return output
 
 
 def exchanges(bn: nn.Module) -> bool:
     """Whether a call of ``bn`` takes its statistics from more than one process."""
     return (
-        isinstance(bn, nn.SyncBatchNorm)
+        isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm))
         and bn.training
         and dist.is_available()
         and dist.is_initialized()
@@ -26,7 +91,7 @@ def exchanges(bn: nn.Module) -> bool:
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def sync_batch_norm_relu(
     input: Tensor,
-    bn: nn.SyncBatchNorm,
+    bn: SyncBatchNorm | nn.SyncBatchNorm,
     activation: str = "relu",
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
