@@ -97,6 +97,13 @@ def test_jit_trace(welded):
     assert "torchweld::conv_relu" in str(traced.inlined_graph)
 
 
+def test_jit_trace_with_a_residual():
+    welded = tw.weld(ResNet()).eval()
+    x = torch.randn(3, 3, 16, 16)
+    traced = torch.jit.trace(welded, x[:2])
+    torch.testing.assert_close(traced(x), welded(x))
+
+
 def test_export(welded):
     exported = torch.export.export(welded, (X,))
     torch.testing.assert_close(exported.module()(X), welded(X))

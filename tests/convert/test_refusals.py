@@ -15,7 +15,7 @@ class Uses(nn.Module):
     def __init__(self, forward, conv=None, bn=None):
         super().__init__()
         self.conv, self.bn = conv or nn.Conv2d(4, 4, 1), bn or nn.BatchNorm2d(4)
-        self.body = forward
+        self.pool, self.body = nn.MaxPool2d(2), forward
 
     def forward(self, x):
         return self.body(self, x)
@@ -48,6 +48,27 @@ def _functional_bn(self, x):
     return F.batch_norm(self.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias)
 
 
+def _relu_between(self, x):
+    return self.bn(F.relu(self.conv(x)))
+
+
+def _modules_between(self, x):
+    x = self.pool(self.conv(x))
+    return self.bn(torch.sigmoid(x))
+
+
+def _bn_first(self, x):
+    return self.conv(self.bn(x))
+
+
+def _bn_after_cat(self, x):
+    return self.bn(torch.cat([self.conv(x)[:, :2], x[:, :2]], 1))
+
+
+def _never_calls(self, x):
+    return self.conv(x)
+
+
 class Subclass(nn.Conv2d):
     def forward(self, x):
         return super().forward(x) * 2
@@ -78,7 +99,16 @@ CASES = {
     "Subclass is a subclass of Conv2d": Uses(_simple, Subclass(4, 4, 1)),
     "Conv1d is not Conv2d": nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)),
     "Conv3d is not Conv2d": nn.Sequential(nn.Conv3d(4, 4, 1), nn.BatchNorm3d(4)),
-    "SyncBatchNorm is not BatchNorm2d": Uses(_simple, bn=nn.SyncBatchNorm(4)),
+    "relu between the convolution and the batch normalization": Uses(_relu_between),
+    "MaxPool2d, then sigmoid between the convolution": Uses(_modules_between),
+    "normalizes what this forward was given": Uses(_bn_first),
+    "normalizes the output of cat": Uses(_bn_after_cat),
+    "no forward that could be traced calls it after a convolution": Uses(_never_calls),
+    "BatchNorm1d is not BatchNorm2d": Uses(_simple, bn=nn.BatchNorm1d(4)),
+    "BatchNorm2d is not BatchNorm1d": Uses(_simple, nn.Linear(4, 4)),
+    "Linear is parametrized": Uses(
+        _simple, nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.BatchNorm1d(4)
+    ),
     "LazyConv2d is lazy": Uses(_simple, nn.LazyConv2d(4, 1)),
     "LazyBatchNorm2d is lazy": Uses(_simple, bn=nn.LazyBatchNorm2d()),
     "Conv2d has hooks": Uses(_simple, hooked(nn.Conv2d(4, 4, 1))),
@@ -107,6 +137,22 @@ def test_left_alone(reason, inference):
     assert [row.converted for row in rows] == [False] * len(rows)
     assert any(reason in row.detail for row in rows), rows
     assert type(next(iter(welded.children()))) is type(next(iter(model.children())))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch is about to remove them
+def test_quantized():
+    ao = pytest.importorskip("torch.ao")
+    qconfig = ao.quantization.get_default_qat_qconfig()
+    for conv, bn in (
+        (ao.nn.quantized.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+        (nn.Conv2d(4, 4, 1), ao.nn.quantized.BatchNorm2d(4)),
+        (ao.nn.qat.Conv2d(4, 4, 1, qconfig=qconfig), nn.BatchNorm2d(4)),
+        (ao.nn.qat.Linear(4, 4, qconfig=qconfig), nn.BatchNorm1d(4)),
+        (ao.nn.intrinsic.qat.ConvReLU2d(4, 4, 1, qconfig=qconfig), nn.BatchNorm2d(4)),
+    ):
+        (row,) = tw.report(tw.weld(Uses(_simple, conv, bn)))
+        assert not row.converted
+        assert "is quantized" in row.detail
 
 
 def test_weight_norm_of_old():

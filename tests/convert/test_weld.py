@@ -137,7 +137,7 @@ def test_details():
     assert details["layer1.0.conv2 + layer1.0.bn2 + layer1.0.relu"] == "conv-bn-add-relu"
     assert details["layer1.1.downsample.0 + layer1.1.downsample.1"] == "conv-bn"
     assert details["layer2.0.conv3 + layer2.0.bn3"] == "conv-bn-add-relu"
-    assert details["layer2.1.conv.2 + layer2.1.conv.3"] == "conv-bn"
+    assert details["layer2.1.conv.2 + layer2.1.conv.3"] == "conv-bn-add"
     branches = [row.detail for row in tw.report(tw.weld(Branches()))]
     assert branches == ["conv-bn-add-relu", "conv-bn", "conv-bn", "conv-bn-add-relu"]
     text = str(tw.report(tw.weld(Plain())))
@@ -216,8 +216,8 @@ def test_example_inputs():
 def test_example_inputs_tell(monkeypatch):
     from torchweld.convert import _fused
 
-    right = _fused.conv_bn_relu
-    monkeypatch.setattr(_fused, "conv_bn_relu", lambda *args: right(*args) + 0.01)
+    right = _fused._conv_bn_relu
+    monkeypatch.setattr(_fused, "_conv_bn_relu", lambda *args: right(*args) + 0.01)
     model = ResNet()
     with pytest.raises(RuntimeError, match="differs from the model's"):
         tw.weld(model, example_inputs=torch.randn(2, 3, 16, 16))

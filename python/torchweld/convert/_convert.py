@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from torchweld.convert import _match, _rules, _welded
-from torchweld.convert._trace import Traced, trace
+from torchweld.convert import _fused, _match, _rules, _welded
+from torchweld.convert._inline import inline
+from torchweld.convert._trace import Traced, trace, usual_call
 from torchweld.convert._values import stock_class
 from torchweld.convert._watch import UntraceableError
-from torchweld.nn import ConvReLU2d
+from torchweld.nn import SyncBatchNorm
 from torchweld.report import Report, Row, record
 
 _CONVERSION = "conv_bn_relu"
@@ -94,9 +95,11 @@ def weld(
     for module in welded.modules():
         if _welded.is_welded(module) and not _welded.is_snapshot(module):
             _welded.uninstall(module)
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = SyncBatchNorm  # type: ignore[assignment]
     if inference:
         welded.eval().requires_grad_(False)
-    rows = [*_weld_all(welded, inference)]
+    rows = _weld_all(welded, inference)
     record(welded, Report(rows), replacing=_CONVERSION)
     if inference and not _welded.is_snapshot(welded):
         _welded.install(welded, _welded.Weld(frozenset()), snapshot=True)
@@ -135,6 +138,8 @@ def unweld(model: nn.Module) -> nn.Module:
     for module in stock.modules():
         if _welded.is_welded(module):
             _welded.uninstall(module)
+        if type(module) is SyncBatchNorm:
+            module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
     record(stock, Report(), replacing=_CONVERSION)
     return stock
 
@@ -168,48 +173,79 @@ def _kept(model: nn.Module) -> dict[int, Any]:
 
 @dataclass
 class _Owner:
-    """A module whose forward may own patterns, and what its graphs show."""
+    """A module whose forward may own patterns, and what its graphs show, by training mode."""
 
     path: str
     module: nn.Module
-    traced: list[Traced]
+    traced: dict[bool, Traced] = field(default_factory=dict)
     failure: str = ""
 
     def qualified(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name
 
+    def find(self, once: set[int], inference: bool) -> dict[tuple[str, ...], _Finding]:
+        """Return what it owns, by names of conv and bn, as the first mode that has it shows it."""
 
-def _weld_all(model: nn.Module, inference: bool) -> Iterator[Row]:
-    """Weld a model in place and yield a row for every pattern."""
-    owners = [*_owners(model, (False,) if inference else (True, False))]
-    once = _used_once(model, owners)
-    for owner in owners:
-        if owner.failure and not owner.traced:
-            if _has_direct_pair(owner.module):
-                yield Row(owner.path, _CONVERSION, False, owner.failure)
-            continue
-        found: dict[tuple[str, ...], tuple[_match.Unit | None, str]] = {}
-        for traced in owner.traced:
-            for match in _match.find(owner.module, traced.graph):
-                reason = match.reason or _reason_here(owner.module, traced, match, once, inference)
+        def may_open(path: str) -> bool:
+            return id(self.module.get_submodule(path)) in once
+
+        found: dict[tuple[str, ...], _Finding] = {}
+        for training, traced in self.traced.items():
+            with _welded.mode(self.module, training):
+                graph = inline(self.module, traced, may_open).graph
+            for match in _match.find(self.module, graph):
+                reason = match.reason or _reason_here(self.module, graph, match, once, inference)
                 key = match.names[:2]
                 if key not in found or found[key][0] is None:
                     unit = None if reason else match.unit
                     found[key] = unit, reason or match.unit.detail  # type: ignore[union-attr]
+        return found
+
+
+_Finding = tuple[_match.Unit | None, str]  # a pattern and its name, or none and why
+
+
+def _weld_all(model: nn.Module, inference: bool) -> list[Row]:
+    """Weld a model in place; return a row for every batch normalization."""
+    owners = [*_owners(model, (False,) if inference else (True, False))]
+    once = _used_once(model, owners)
+    rows: dict[str, Row] = {}  # by names of conv and bn: a parent may have claimed its child's
+    failed: list[str] = []
+    for owner in owners:
+        if owner.failure and not owner.traced:
+            if _has_direct_pair(owner.module):
+                rows[owner.path] = Row(owner.path, _CONVERSION, False, owner.failure)
+                failed.append(owner.path)
+            continue
+        found = owner.find(once, inference)
         units = [unit for unit, _ in found.values() if unit is not None]
         failure = _install(owner, units, inference)
         for key, (unit, detail) in found.items():
             names = key if unit is None or unit.act is None else (*key, unit.act)
             name = " + ".join(map(owner.qualified, names)) or owner.path
             converted = unit is not None and not failure
-            yield Row(name, _CONVERSION, converted, detail if unit is None else failure or detail)
+            row = Row(name, _CONVERSION, converted, failure if unit and failure else detail)
+            pair = " + ".join(map(owner.qualified, key)) or owner.path
+            if pair not in rows or (converted and not rows[pair].converted):
+                rows[pair] = row
+    return [*rows.values(), *_never_seen(model, rows, failed)]
+
+
+def _never_seen(model: nn.Module, rows: dict[str, Row], failed: list[str]) -> Iterator[Row]:
+    """Yield a row for each batch normalization no row speaks of, by itself or by its owner."""
+    seen = {name for key in rows for name in key.split(" + ")}
+    explained = tuple(f"{path}." if path else "" for path in failed)
+    for path, module in model.named_modules():
+        if _rules.is_batch_norm(module) and path not in seen and not path.startswith(explained):
+            reason = "no forward that could be traced calls it after a convolution"
+            yield Row(path, _CONVERSION, False, reason)
 
 
 def _owners(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[_Owner]:
     for path, module in model.named_modules():
         if not _may_own(module):
             continue
-        owner = _Owner(path, module, [])
+        owner = _Owner(path, module)
         forward = stock_class(module).forward
         for training in modes:
             if "forward" in module.__dict__:
@@ -217,19 +253,15 @@ def _owners(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[_Owner]:
                 break
             try:
                 with _welded.mode(module, training):
-                    spec = _welded.usual_call(forward)
-                    owner.traced.append(trace(module, forward, spec))
+                    spec = usual_call(forward)
+                    owner.traced[training] = trace(module, forward, spec)
             except UntraceableError as error:
                 owner.failure = owner.failure or f"cannot be traced: {error}"
         yield owner
 
 
 def _may_own(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) or _welded.is_welded(module):
-        return False
-    forward = getattr(type(module), "forward", None)
-    stock = (getattr(forward, "__module__", None) or "").startswith("torch.nn.")
-    if stock and forward is not nn.Sequential.forward:
+    if _welded.is_welded(module) or not _rules.has_open_forward(module):
         return False
     return any(_rules.is_conv(part) for part in module.modules()) or any(
         parameter.dim() == 4 for parameter in module.parameters(recurse=False)
@@ -242,7 +274,7 @@ def _used_once(model: nn.Module, owners: list[_Owner]) -> set[int]:
     called: Counter[int] = Counter()
     for owner in owners:
         most: Counter[int] = Counter()
-        for traced in owner.traced:
+        for traced in owner.traced.values():
             calls = [n.target for n in traced.graph.nodes if n.op == "call_module"]
             most |= Counter(id(owner.module.get_submodule(str(target))) for target in calls)
         called += most
@@ -250,7 +282,7 @@ def _used_once(model: nn.Module, owners: list[_Owner]) -> set[int]:
 
 
 def _reason_here(
-    owner: nn.Module, traced: Traced, match: _match.Found, once: set[int], inference: bool
+    owner: nn.Module, graph: fx.Graph, match: _match.Found, once: set[int], inference: bool
 ) -> str:
     assert match.unit is not None
     conv, bn = (owner.get_submodule(path) for path in match.unit.pair)
@@ -259,7 +291,7 @@ def _reason_here(
             return f"the {type(module).__name__} is used more than once"
     if not inference:
         return ""
-    for node in traced.graph.nodes:
+    for node in graph.nodes:
         path = str(node.target)
         if node.op == "get_attr" and path.startswith(tuple(f"{p}." for p in match.unit.pair)):
             return f"its forward reads {path} by itself"
@@ -287,18 +319,15 @@ def _install(owner: _Owner, units: list[_match.Unit], inference: bool) -> str:
         return f"its class cannot be subclassed: {error}"
     if inference:
         for unit in units:
-            _fold(module, unit)
+            if not _rules.is_folded(*map(module.get_submodule, unit.pair)):
+                _fold(module, unit)
     weld.prepare(module)
     return ""
 
 
 def _fold(owner: nn.Module, unit: _match.Unit) -> None:
     conv, bn = (owner.get_submodule(path) for path in unit.pair)
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(bn, nn.BatchNorm2d)
-    # The activation is the forward's: with "identity" here the stock forward stays right as well.
-    folded = ConvReLU2d.from_float(conv, bn, activation="identity")
-    for path, module in ((unit.conv, folded), (unit.bn, nn.Identity())):
+    for path, module in ((unit.conv, _fused.fold(conv, bn)), (unit.bn, nn.Identity())):
         parent, _, name = path.rpartition(".")
         owner.get_submodule(parent)._modules[name] = module.eval()
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchweld.convert._frozen import eps_of
 from torchweld.nn import ConvReLU2d
-from torchweld.nn.functional import _both_sides, _pad, conv_bn_relu
+from torchweld.nn.conv_bn_relu import _fold
+from torchweld.nn.functional import _bn_state, _both_sides, _conv_bn_relu, _conv_state, _pad
+from torchweld.nn.sync_batch_norm import SyncBatchNorm, exchanges, sync_batch_norm_relu
 
 # Where the fused ops run; "meta" is where shapes are worked out.
 _DEVICES = ("cpu", "meta")
@@ -17,20 +23,93 @@ _DEVICES = ("cpu", "meta")
 
 def fused(
     input: Tensor,
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
+    conv: nn.Module,
+    bn: nn.Module,
     activation: str,
     negative_slope: float,
     residual: Tensor | None,
 ) -> Tensor:
-    """Run a pattern of a model that trains."""
+    """Run a pattern of a model that trains.
+
+    A linear layer is a 1x1 convolution whose pixels are the rows of its input.
+    """
+    linear = isinstance(conv, nn.Linear)
+    if not _takes(input, conv, bn):
+        return _finish(bn(conv(input)), residual, activation, negative_slope)
+    if residual is not None and not _fits(residual, input, conv):
+        # Broadcast, or of another dtype: the addition is torch's.
+        output = fused(input, conv, bn, "identity", negative_slope, None)
+        return _finish(output, residual, activation, negative_slope)
+    if residual is not None and linear:
+        residual = _as_image(residual)
+    if exchanges(bn):
+        assert isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm))
+        image = _as_image(conv(input)) if linear else conv(input)
+        output = sync_batch_norm_relu(image, bn, activation, negative_slope, residual)
+    else:
+        image = _as_image(input) if linear else input
+        state = (*_state_of_conv(conv), *_state_of_bn(bn), activation, negative_slope, residual)
+        output = _conv_bn_relu(image, *state)
+    return _as_rows(output) if linear else output
+
+
+def _takes(input: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the fused ops compute what the modules would on this input."""
     if input.device.type not in _DEVICES:
-        output: Tensor = bn(conv(input))
-    elif residual is None or _fits(residual, input, conv, _both_sides(conv)):
-        return conv_bn_relu(input, conv, bn, activation, negative_slope, residual)
-    else:  # broadcast, or of another dtype: the addition is torch's
-        output = conv_bn_relu(input, conv, bn, "identity")
-    return _finish(output, residual, activation, negative_slope)
+        return False
+    if isinstance(conv, nn.Linear):
+        if input.dim() != 2 or _is_tracing() or exchanges(bn):
+            return input.dim() == 2
+        # An image has pixels; one row is an error in training, which stock words better.
+        return input.shape[0] > int(bn.training)
+    if input.dim() != 4:
+        return False
+    # Written as a product and a sum, a frozen batch norm promotes where the op would round.
+    return isinstance(bn, _BatchNorm) or bn.running_mean.dtype == _dtype_after(input)
+
+
+def _as_image(rows: Tensor) -> Tensor:
+    """View [N, C] as [1, C, N, 1], which is its memory read as channels_last."""
+    return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _as_rows(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).reshape(image.shape[2], image.shape[1])
+
+
+def _state_of_conv(conv: nn.Module) -> tuple[Any, ...]:
+    if isinstance(conv, nn.Linear):
+        weight = conv.weight[:, :, None, None]
+        return weight, conv.bias, [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros"
+    assert isinstance(conv, nn.Conv2d)
+    return _conv_state(conv)
+
+
+def _state_of_bn(bn: nn.Module) -> tuple[Any, ...]:
+    if isinstance(bn, _BatchNorm):
+        return _bn_state(bn)
+    statistics = bn.running_mean, bn.running_var
+    return bn.weight, bn.bias, *statistics, None, False, True, None, eps_of(bn)
+
+
+def fold(conv: nn.Module, bn: nn.Module) -> nn.Module:
+    """Return the module that does in inference what a pair does.
+
+    The activation stays the forward's: so the stock forward is right on folded modules as well.
+    """
+    weight, bias, *_ = _state_of_conv(conv)
+    bn_weight, bn_bias, mean, var, *_, eps = _state_of_bn(bn)
+    weight, bias = _fold(weight, bias, bn_weight, bn_bias, mean, var, eps)
+    if isinstance(conv, nn.Linear):
+        linear = nn.Linear(conv.in_features, conv.out_features, device="meta")
+        linear.weight = nn.Parameter(weight[:, :, 0, 0], requires_grad=False)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear
+    assert isinstance(conv, nn.Conv2d)
+    return ConvReLU2d(
+        weight, bias, conv.stride, _both_sides(conv), conv.dilation, conv.groups,
+        conv.padding_mode, "identity",
+    )  # fmt: skip
 
 
 def folded(
@@ -48,7 +127,7 @@ def folded(
         output = F.conv2d(
             padded, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
         )
-    elif residual is None or _fits(residual, input, conv, both_sides):
+    elif residual is None or _fits(residual, input, conv):
         if not torch.compiler.is_compiling():
             conv._pack()
         fused_output: Tensor = torch.ops.torchweld.conv_relu(
@@ -79,21 +158,43 @@ def _finish(
     return _ACTIVATIONS[activation](output, negative_slope)
 
 
-def _fits(
-    residual: Tensor, input: Tensor, conv: nn.Conv2d | ConvReLU2d, both_sides: list[int]
-) -> bool:
-    """Whether a residual has the very shape, dtype and device of the conv's output."""
-    if not isinstance(residual, Tensor) or residual.dim() != 4 or residual.device != input.device:
-        return False
-    dtype = input.dtype
+def _dtype_after(input: Tensor) -> torch.dtype:
+    """The dtype of a convolution of the input."""
     kind = input.device.type
     # Asked about "meta", autocast raises.
-    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-    if residual.dtype != dtype or residual.shape[:2] != (input.shape[0], conv.weight.shape[0]):
+    if kind != "meta" and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return input.dtype
+
+
+def _fits(residual: Tensor, input: Tensor, conv: nn.Module) -> bool:
+    """Whether a residual has the very shape, dtype and device of the conv's output."""
+    if not isinstance(residual, Tensor) or residual.device != input.device:
         return False
-    left, right, top, bottom = both_sides
-    padding = top + bottom, left + right
+    if residual.dtype != _dtype_after(input):
+        return False
+    if not _is_tracing():
+        return _has_shape_after(residual, input, conv)
+    # A trace keeps the answer, and the op it leads to looks at the shapes again.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return _has_shape_after(residual, input, conv)
+
+
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def _has_shape_after(residual: Tensor, input: Tensor, conv: nn.Module) -> bool:
+    if residual.dim() != (2 if isinstance(conv, nn.Linear) else 4):
+        return False
+    if residual.shape[:2] != (input.shape[0], conv.weight.shape[0]):  # type: ignore[index]
+        return False
+    if isinstance(conv, nn.Linear):
+        return True
+    assert isinstance(conv, (nn.Conv2d, ConvReLU2d))
+    sides = conv.both_sides if isinstance(conv, ConvReLU2d) else _both_sides(conv)
+    padding = sides[2] + sides[3], sides[0] + sides[1]
     for i in range(2):
         span = int(conv.dilation[i]) * (conv.weight.shape[2 + i] - 1)
         size = (input.shape[2 + i] + padding[i] - span - 1) // int(conv.stride[i]) + 1

@@ -20,6 +20,7 @@ class Unit:
 
     conv: str
     bn: str
+    kinds: tuple[type[nn.Module], type[nn.Module]]
     act: str | None = None
     activation: str = "identity"
     negative_slope: float = 0.01
@@ -34,7 +35,7 @@ class Unit:
     def detail(self) -> str:
         """The pattern in words."""
         act = [] if self.activation == "identity" else [self.activation]
-        return "-".join(["conv", "bn", *["add"][: self.residual], *act])
+        return "-".join([*_rules.words(*self.kinds), *["add"][: self.residual], *act])
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,25 @@ _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 
 
 def find(owner: nn.Module, graph: fx.Graph) -> Iterator[Found]:
-    """Yield every conv whose output a batch normalization reads, in the order of the graph.
+    """Yield what every batch normalization makes up with its neighbours, in the order of the graph.
 
-    An addition of two such outputs belongs to the first of them.
+    An addition of two patterns belongs to the first of them.
     """
     taken: set[fx.Node] = set()
     for bn_node in graph.nodes:
-        conv_node = bn_node.args[0] if bn_node.args else bn_node.kwargs.get("input")
-        if not isinstance(conv_node, fx.Node):
+        conv_node = _input(bn_node)
+        if not is_pair(owner, bn_node):
+            if _rules.is_batch_norm(_module(owner, bn_node)):
+                yield _alone(owner, bn_node)
             continue
+        assert conv_node is not None
         conv, bn = _module(owner, conv_node), _module(owner, bn_node)
-        is_bn = _rules.is_batch_norm(bn) or bn_node.target in _BATCH_NORMS
-        is_conv = _rules.is_conv(conv) or conv_node.target in _CONVS
-        if not (is_bn and is_conv) and not _rules.is_folded(conv, bn):
-            continue
         names = tuple(str(n.target) for n in (conv_node, bn_node) if n.op == "call_module")
         if conv is None or bn is None:
             reason = "conv2d or batch_norm is called as a function"
         elif len(conv_node.users) > 1:
             reason = "the convolution's output is used elsewhere too"
-        elif not (_is_plain_call(conv_node) and _is_plain_call(bn_node)):
+        elif not (is_plain_call(conv_node) and is_plain_call(bn_node)):
             reason = "called with more than one positional tensor"
         else:
             reason = _rules.reason_against(conv, bn)
@@ -88,6 +88,50 @@ def find(owner: nn.Module, graph: fx.Graph) -> Iterator[Found]:
             if found.add_node is not None:
                 taken.add(found.add_node)
             yield found
+
+
+def is_pair(owner: nn.Module, bn_node: fx.Node) -> bool:
+    """Whether a node is a batch normalization that reads a convolution's output."""
+    conv_node = _input(bn_node)
+    if conv_node is None:
+        return False
+    conv, bn = _module(owner, conv_node), _module(owner, bn_node)
+    is_bn = _rules.is_batch_norm(bn) or bn_node.target in _BATCH_NORMS
+    return (is_bn and _is_conv(owner, conv_node)) or _rules.is_folded(conv, bn)
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, fx.Node) else None
+
+
+def _is_conv(owner: nn.Module, node: fx.Node) -> bool:
+    return _rules.is_conv(_module(owner, node)) or node.target in _CONVS
+
+
+def _alone(owner: nn.Module, bn_node: fx.Node) -> Found:
+    """Say why a batch normalization has no convolution to be fused with."""
+    name = str(bn_node.target)
+    between: list[str] = []
+    node = _input(bn_node)
+    while node is not None and node.op != "placeholder" and len(between) < 3:
+        if _is_conv(owner, node):
+            names = (str(node.target), name) if node.op == "call_module" else (name,)
+            what = ", then ".join(reversed(between))
+            reason = f"{what} between the convolution and the batch normalization"
+            return Found(names, None, reason, node, bn_node)
+        module = _module(owner, node)
+        target = getattr(node.target, "__name__", node.target)
+        between.append(str(target) if module is None else type(module).__name__)
+        node = _input(node)
+    source = f"the output of {between[0]}" if between else "what this forward was given"
+    reason = f"no convolution right before it: it normalizes {source}"
+    return Found((name,), None, reason, bn_node, bn_node)
+
+
+def can_join(owner: nn.Module, node: fx.Node, value: fx.Node) -> bool:
+    """Whether an addition or activation of a value could be part of a pattern that makes it."""
+    return _other_addend(node, value) is not None or _activation(owner, node, value) is not None
 
 
 def fuse(owner: nn.Module, graph: fx.Graph, pairs: Collection[tuple[str, str]]) -> list[Unit]:
@@ -123,16 +167,17 @@ def _extend(
 ) -> Found:
     add_node = residual = None
     last = bn_node
-    user = _only_user(last)
+    user = only_user(last)
     if user is not None and user not in taken:
         other = _other_addend(user, last)
         if other is not None and _nothing_changes_between(owner, graph, conv_node, user, bn_node):
             add_node, residual, last = user, other, user
-            user = _only_user(last)
+            user = only_user(last)
     act = _activation(owner, user, last) if user is not None else None
     path, activation, slope = act or (None, "identity", 0.01)
     conv, bn = str(conv_node.target), str(bn_node.target)
-    unit = Unit(conv, bn, path, activation, slope, residual is not None)
+    kinds = type(owner.get_submodule(conv)), type(owner.get_submodule(bn))
+    unit = Unit(conv, bn, kinds, path, activation, slope, residual is not None)
     names = (conv, bn) if path is None else (conv, bn, path)
     return Found(names, unit, "", conv_node, bn_node, add_node, user if act else None, residual)
 
@@ -141,11 +186,11 @@ def _module(owner: nn.Module, node: fx.Node) -> nn.Module | None:
     return owner.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _is_plain_call(node: fx.Node) -> bool:
+def is_plain_call(node: fx.Node) -> bool:
     return len(node.args) == 1 and not node.kwargs
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -183,7 +228,7 @@ def _activation(
     if node.op == "call_module":
         module = _module(owner, node)
         found = _rules.activation_of(module)
-        if found is None or not _is_plain_call(node) or _rules.is_hooked(module):
+        if found is None or not is_plain_call(node) or _rules.is_hooked(module):
             return None
         return str(node.target), *found
     name = _ACTIVATIONS.get(node.target)

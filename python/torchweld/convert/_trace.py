@@ -9,7 +9,9 @@ Here every such look is seen: what can be compared again before each call become
 
 from __future__ import annotations
 
+import inspect
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +26,26 @@ from torchweld.convert._watch import Read, UntraceableError, Watch
 
 @dataclass(frozen=True)
 class Traced:
-    """The graph of a forward and the reads under which it holds."""
+    """The graph of a forward, and what must hold for it to be right.
+
+    Attributes:
+        graph: the graph.
+        reads: what the forward looked at besides its tensors.
+        opened: children whose own nodes stand in the place of their calls.
+    """
 
     graph: fx.Graph
     reads: tuple[Read, ...]
+    opened: tuple[str, ...] = ()
+
+
+def usual_call(forward: Callable[..., Any]) -> object:
+    """The call to expect of a forward: a tensor for each argument that has no default."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    names = [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
+    count = len(needed) - len(names)
+    return tuple, (tuple, *[TENSOR] * count), (dict, *[(name, TENSOR) for name in names])
 
 
 _lock = threading.RLock()  # torch.fx, and the watch below, patch nn.Module itself while they trace
@@ -175,6 +193,10 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        # torch.fx would make a dict of it.
+        if type(a) is OrderedDict:
+            proxy = self.create_proxy("call_function", OrderedDict, ([*a.items()],), {})
+            return proxy.node
         if isinstance(a, dict) and type(a) is not dict:
             self.watch.refuse(f"its forward makes a {type(a).__name__}")
         # torch.fx would store a constant on the user's module.

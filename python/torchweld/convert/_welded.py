@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from torchweld.convert import _match, _rules
-from torchweld.convert._trace import Traced, trace
+from torchweld.convert._inline import inline
+from torchweld.convert._trace import Traced, trace, usual_call
 from torchweld.convert._values import (
     MISSING,
     STOCK,
-    TENSOR,
     UnwatchableError,
     fingerprint,
     flatten,
@@ -39,19 +38,23 @@ class Plan:
     Attributes:
         spec: the form of the call.
         reads: what the stock forward looked at besides its tensors.
+        opened: children whose own calls stand in the forward in the place of theirs.
         units: what is fused.
         run: the rewritten forward; None where the stock one has to run.
     """
 
     spec: object
     reads: tuple[Read, ...]
+    opened: tuple[str, ...]
     units: tuple[_match.Unit, ...]
     run: Forward | None
 
     def fits(self, owner: nn.Module) -> bool:
         """Whether the owner still is as this plan found it."""
-        return all(_holds(owner, read) for read in self.reads) and all(
-            _is_ready(owner, unit) for unit in self.units
+        return (
+            all(_holds(owner, read) for read in self.reads)
+            and not any(_rules.is_hooked(_find(owner, path)) for path in self.opened)
+            and all(_is_ready(owner, unit) for unit in self.units)
         )
 
 
@@ -71,11 +74,15 @@ class Weld:
 
     def add(self, owner: nn.Module, spec: object, traced: Traced) -> None:
         """Make a plan of a traced forward. The graph is rewritten in place."""
+        traced = inline(owner, traced, self._reaches)
         units = tuple(_match.fuse(owner, traced.graph, self.pairs))
         code = traced.graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, f"<torchweld: {type(owner).__name__}.forward>", "exec"), namespace)
-        self.plans.append(Plan(spec, traced.reads, units, namespace["forward"]))
+        self.plans.append(Plan(spec, traced.reads, traced.opened, units, namespace["forward"]))
+
+    def _reaches(self, path: str) -> bool:
+        return any(bn.startswith(f"{path}.") for _, bn in self.pairs)
 
     def prepare(self, owner: nn.Module) -> None:
         """Make the plans of the usual call, in training and in evaluation."""
@@ -97,7 +104,7 @@ class Weld:
             self.add(owner, spec, trace(owner, stock, spec))
         except UntraceableError:
             # Last in the list: a plan that holds under other reads comes first.
-            self.plans.append(Plan(spec, (), (), None))
+            self.plans.append(Plan(spec, (), (), (), None))
         return self.plans[-1]
 
     def _known(self, owner: nn.Module, spec: object) -> Plan | None:
@@ -127,15 +134,6 @@ def is_welded(module: nn.Module) -> bool:
 def is_snapshot(module: nn.Module) -> bool:
     """Whether a module is part of an inference snapshot."""
     return is_welded(module) and "train" in type(module).__dict__
-
-
-def usual_call(forward: Forward) -> object:
-    """The call to expect of a forward: a tensor for each argument that has no default."""
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    names = [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
-    count = len(needed) - len(names)
-    return tuple, (tuple, *[TENSOR] * count), (dict, *[(name, TENSOR) for name in names])
 
 
 @contextmanager
@@ -176,7 +174,8 @@ def _is(value: object, expected: object) -> bool:
 
 
 def _is_ready(owner: nn.Module, unit: _match.Unit) -> bool:
-    if not _rules.is_ready(_find(owner, unit.conv), _find(owner, unit.bn)):
+    pair = _find(owner, unit.conv), _find(owner, unit.bn)
+    if (type(pair[0]), type(pair[1])) != unit.kinds or any(map(_rules.is_hooked, pair)):
         return False
     if unit.act is None:
         return True

@@ -35,6 +35,29 @@ def _to_module(activation: str, negative_slope: float) -> nn.Module:
     return modules[activation]
 
 
+def _fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Fold a batch norm into the weight ``[C, ...]`` before it, in float64, rounded once."""
+    with torch.no_grad():
+        scale = (var.double() + eps).rsqrt()
+        if bn_weight is not None:
+            scale = scale * bn_weight.double()
+        shift = -mean.double() * scale
+        if bias is not None:
+            shift = shift + bias.double() * scale
+        if bn_bias is not None:
+            shift = shift + bn_bias.double()
+        scaled = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+        return scaled.to(weight), shift.to(weight)
+
+
 class ConvBNReLU2d(nn.Module):
     """``activation(bn(conv(input)) + residual)``, fused in training and evaluation.
 
@@ -323,17 +346,9 @@ class ConvReLU2d(nn.Module):
                 f"ConvReLU2d.from_float: bn: expected {conv.out_channels} features, as conv has "
                 f"output channels, got {bn.num_features}"
             )
-        with torch.no_grad():
-            scale = (bn.running_var.double() + bn.eps).rsqrt()
-            if bn.weight is not None:
-                scale = scale * bn.weight.double()
-            shift = -bn.running_mean.double() * scale
-            if conv.bias is not None:
-                shift = shift + conv.bias.double() * scale
-            if bn.bias is not None:
-                shift = shift + bn.bias.double()
-            weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight)
-            shift = shift.to(conv.weight)
+        weight, shift = _fold(
+            conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
+        )
         module = cls(
             weight, shift, conv.stride, _both_sides(conv), conv.dilation, conv.groups,
             conv.padding_mode, activation, negative_slope,

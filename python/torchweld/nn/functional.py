@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple  # noqa: UP035
+from typing import Any, List, Optional, Tuple  # noqa: UP035
 
 import torch
 import torch.nn.functional as F
@@ -184,8 +184,13 @@ def conv_bn_relu(
         (torch.Size([2, 8, 16, 16]), 1)
     """
     _check_modules("conv_bn_relu", conv, bn)
-    return _conv_bn_relu(
-        input,
+    state = (*_conv_state(conv), *_bn_state(bn), activation, negative_slope, residual)
+    return _conv_bn_relu(input, *state)
+
+
+def _conv_state(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """Return what ``_conv_bn_relu`` takes of a convolution."""
+    return (
         conv.weight,
         conv.bias,
         list(conv.stride),
@@ -193,6 +198,12 @@ def conv_bn_relu(
         list(conv.dilation),
         conv.groups,
         conv.padding_mode,
+    )
+
+
+def _bn_state(bn: nn.modules.batchnorm._BatchNorm) -> tuple[Any, ...]:
+    """Return what ``_conv_bn_relu`` takes of a batch norm of any kind."""
+    return (
         bn.weight,
         bn.bias,
         bn.running_mean,
@@ -202,7 +213,4 @@ def conv_bn_relu(
         bn.track_running_stats,
         bn.momentum,
         bn.eps,
-        activation,
-        negative_slope,
-        residual,
     )
