@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchweld.convert import _fused, _match, _rules, _welded
 from torchweld.convert._inline import inline
+from torchweld.convert._layout import seen_by
 from torchweld.convert._trace import Traced, trace, usual_call
 from torchweld.convert._values import stock_class
 from torchweld.convert._watch import UntraceableError
@@ -99,8 +100,10 @@ def weld(
             module.__class__ = SyncBatchNorm  # type: ignore[assignment]
     if inference:
         welded.eval().requires_grad_(False)
-    rows = _weld_all(welded, inference)
-    record(welded, Report(rows), replacing=_CONVERSION)
+    found = Report(_weld_all(welded, inference))
+    record(welded, found, replacing=_CONVERSION)
+    if any(row.converted for row in found) and not seen_by(model):
+        _welded.hide_channels_last(welded, snapshot=inference)
     if inference and not _welded.is_snapshot(welded):
         _welded.install(welded, _welded.Weld(frozenset()), snapshot=True)
     if example_inputs is not None:

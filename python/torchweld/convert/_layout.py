@@ -151,5 +151,3 @@ def _holds_image(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_holds_image, value))
     return isinstance(value, str) and value == IMAGE
-
-

@@ -59,18 +59,27 @@ class Plan:
 
 
 class Weld:
-    """What a welded module keeps: which pairs may be fused, and the plans made so far."""
+    """What a welded module keeps: which pairs may be fused, and the plans made so far.
 
-    def __init__(self, pairs: frozenset[tuple[str, str]], plans: tuple[Plan, ...] = ()):
+    With ``channels_last`` its images are put in that memory order first, which nobody sees.
+    """
+
+    def __init__(
+        self,
+        pairs: frozenset[tuple[str, str]],
+        plans: tuple[Plan, ...] = (),
+        channels_last: bool = False,
+    ):
         self.pairs = pairs
         self.plans = list(plans)
+        self.channels_last = channels_last
 
     # A plan names modules and holds none, so a copy of the module can use it.
     def __deepcopy__(self, memo: dict[int, Any]) -> Weld:
-        return Weld(self.pairs, tuple(self.plans))
+        return Weld(self.pairs, tuple(self.plans), self.channels_last)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Weld, (self.pairs,)
+        return Weld, (self.pairs, (), self.channels_last)
 
     def add(self, owner: nn.Module, spec: object, traced: Traced) -> None:
         """Make a plan of a traced forward. The graph is rewritten in place."""
@@ -118,6 +127,16 @@ def install(owner: nn.Module, weld: Weld, snapshot: bool = False) -> None:
     """Give a module the welded form of its class; a snapshot cannot go back to training."""
     owner.__class__ = _welded_class(stock_class(owner), snapshot)  # type: ignore[arg-type]
     owner.__dict__[_STATE] = weld
+
+
+def hide_channels_last(root: nn.Module, snapshot: bool) -> None:
+    """Have a model compute in channels_last memory whatever order its input comes in."""
+    if not is_welded(root):
+        try:
+            install(root, Weld(frozenset()), snapshot)
+        except TypeError:
+            return  # a class that cannot be subclassed
+    root.__dict__[_STATE].channels_last = True
 
 
 def uninstall(owner: nn.Module) -> None:
@@ -184,6 +203,17 @@ def _is_ready(owner: nn.Module, unit: _match.Unit) -> bool:
     return same and not _rules.is_hooked(act)
 
 
+def _in_channels_last(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.device.type != "cpu":
+        return value
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not tracing and value.shape[1] == 1 and value.is_contiguous():
+        # The same memory, but called so: a convolution goes by the strides.
+        n, _, h, w = value.shape
+        return value.as_strided((n, 1, h, w), (h * w, 1, w, 1))
+    return value.contiguous(memory_format=torch.channels_last)
+
+
 @functools.cache
 def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
     stock_forward = stock.forward
@@ -191,6 +221,8 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
     @functools.wraps(stock_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         weld = getattr(self, _STATE, None)
+        if weld is not None and weld.channels_last:
+            args = tuple(_in_channels_last(value) for value in args)
         # Hooks on every module of the process are to see every module.
         if weld is None or not weld.pairs or _has_any_global_hook():
             return stock_forward(self, *args, **kwargs)

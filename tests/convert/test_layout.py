@@ -1,0 +1,147 @@
+"""A welded model computes in channels_last memory where nobody can see it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchweld as tw
+from torch import nn
+
+CHANNELS_LAST = torch.channels_last
+
+
+class Net(nn.Module):
+    """Two fused patterns, and a head as ``finish`` has it."""
+
+    def __init__(self, finish=lambda net, x: net.fc(x.flatten(1)), channels=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(2)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8 * 16, 4)
+        self.finish = finish
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        x = F.relu(self.bn2(self.conv2(x)) + x)
+        return self.finish(self, x)
+
+
+def head_flatten(net, x):
+    return net.fc(x.flatten(1))
+
+
+def head_mean(net, x):
+    return x.mean((2, 3))
+
+
+def head_pool_cat(net, x):
+    pooled = torch.cat([F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)], 1)
+    return net.drop(torch.flatten(pooled, 1))
+
+
+def head_view(net, x):
+    return net.fc(x.view(x.size(0), -1))
+
+
+def head_image(net, x):
+    return x
+
+
+def head_pair(net, x):
+    return net.fc(x.flatten(1)), {"features": x}
+
+
+def head_dropout(net, x):
+    return net.fc(net.drop(x).flatten(1))
+
+
+def head_strides(net, x):
+    return x.mean((2, 3)) * x.stride(1)
+
+
+def memory_formats(net, x):
+    """Call the net and return what order the pool's input was in."""
+    seen = []
+    hook = net.pool.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous(memory_format=CHANNELS_LAST))
+    )
+    output = net(x)
+    hook.remove()
+    return output, seen
+
+
+@pytest.mark.parametrize("head", [head_flatten, head_mean, head_pool_cat])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_hidden_where_nobody_sees_it(head, channels):
+    net = Net(head, channels).eval()
+    welded, x = tw.weld(net), torch.randn(2, channels, 8, 8)
+    expected, stock_formats = memory_formats(net, x)
+    output, formats = memory_formats(welded, x)
+    assert (stock_formats, formats) == ([False], [True])
+    torch.testing.assert_close(output, expected)
+    assert output.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("head", [head_view, head_image, head_pair, head_dropout, head_strides])
+def test_left_alone_where_somebody_does(head):
+    net = Net(head).eval()
+    welded, x = tw.weld(net), torch.randn(2, 3, 8, 8)
+    output, formats = memory_formats(welded, x)
+    assert formats == [False]
+    torch.testing.assert_close(output, net(x))
+    assert any(row.converted for row in tw.report(welded))
+
+
+def test_dropout_draws_what_it_drew():
+    net = Net(head_dropout).train()
+    welded, x = tw.weld(net), torch.randn(2, 3, 8, 8)
+    torch.manual_seed(0)
+    expected = net(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(welded(x), expected)
+
+
+def test_gradients_are_the_stock_ones_in_the_order_of_their_parameters():
+    net = Net(head_flatten)
+    welded = tw.weld(net)
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    expected = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+    welded(x).square().sum().backward()
+    for parameter, gradient in zip([x, *welded.parameters()], expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-3, rtol=1e-3)
+        assert parameter.grad.stride() == parameter.stride()
+
+
+def test_a_part_called_alone_sees_what_it_is_given():
+    net = nn.Sequential(Net(head_image), nn.Flatten()).eval()
+    welded, x = tw.weld(net), torch.randn(2, 3, 8, 8)
+    part, formats = memory_formats(welded[0], x)
+    assert formats == [False]
+    assert part.is_contiguous()
+    _, formats = memory_formats(nn.Sequential(*welded)[0], x)
+    assert formats == [False]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_copies_hide_it_too(inference):
+    net = Net(head_flatten).eval()
+    welded, x = tw.weld(net, inference=inference), torch.randn(2, 3, 8, 8)
+    for twin in (copy.deepcopy(welded), pickle.loads(pickle.dumps(welded))):
+        output, formats = memory_formats(twin, x)
+        assert formats == [True]
+        torch.testing.assert_close(output, net(x))
+
+
+def test_a_trace_and_the_stock_form():
+    net = Net(head_flatten).eval()
+    welded, x = tw.weld(net), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(welded, x)
+        torch.testing.assert_close(traced(x[:1]), net(x[:1]))
+    assert memory_formats(tw.unweld(welded), x)[1] == [False]
