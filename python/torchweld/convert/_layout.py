@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from torchweld.convert import _welded
 from torchweld.convert._inplace import IN_PLACE
-from torchweld.convert._trace import trace
+from torchweld.convert._trace import trace, usual_call
 from torchweld.convert._values import stock_class
 from torchweld.convert._watch import UntraceableError
 
@@ -59,7 +59,7 @@ def seen_by(model: nn.Module) -> str:
         for training in (True, False):
             with _welded.mode(model, training):
                 forward = stock_class(model).forward
-                inputs = _welded.usual_call(forward)
+                inputs = usual_call(forward)
                 count = len(inputs[1]) - 1 if isinstance(inputs, tuple) else 0
                 if _holds_image(_follow(model, "", [IMAGE] * count)):
                     raise SeenError("the model returns an activation")
@@ -94,7 +94,7 @@ def _follow(module: nn.Module, path: str, inputs: list[Any]) -> Any:
 def _follow_graph(module: nn.Module, path: str, inputs: list[Any]) -> Any:
     forward = stock_class(module).forward
     try:
-        graph = trace(module, forward, _welded.usual_call(forward)).graph
+        graph = trace(module, forward, usual_call(forward)).graph
     except UntraceableError as error:
         raise SeenError(f"{path or 'the model'} cannot be traced: {error}") from error
     values: dict[fx.Node, Any] = {}
@@ -122,7 +122,8 @@ def _follow_graph(module: nn.Module, path: str, inputs: list[Any]) -> Any:
 def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
     """Return the kind of value a function or method gives."""
     if node.target is operator.getitem and isinstance(arguments[0][0], (tuple, list, dict)):
-        return arguments[0][0][node.args[1]]
+        key: Any = node.args[1]
+        return arguments[0][0][key]
     if not _holds_image(arguments):
         return PLAIN
     like, plain = (
