@@ -1,8 +1,8 @@
-// Convolution with one channel to a group, a row of pixels at a time.
+// Convolution with one channel to a group, a few rows of pixels at a time.
 //
 // Forward and the gradient for the input are the same kernel: what differs is which taps meet which
 // pixels, and that is in the strides. With stride 2 the gradient's even and odd pixels have taps of
-// their own; each is a row of every second pixel.
+// their own; each is an image of every second pixel.
 #pragma once
 
 #include <cstdint>
@@ -11,20 +11,22 @@
 
 namespace torchweld::kernels {
 
-// Channels of a block of packed weights: [channels rounded up / 16][taps][16], zeros at the end.
-// The same bytes for every instruction set.
+// Weights are packed as [channels rounded up / 16][rows of taps][taps][16], zeros at the end: the
+// same bytes for every instruction set.
 inline constexpr int64_t kDepthwiseGroup = 16;
 
-// What the taps of one kernel row, or several, meet in the rows of an image. Tap s of output pixel
-// q lies on input pixel first + q * step + s * tap_step; outside [0, width) it counts as nothing.
+// What the taps meet. Tap (r, s) of output pixel (p, q) lies on row p * row_step + r * row_tap_step
+// and on its pixel first + q * step + s * tap_step; outside [0, width) it counts as nothing.
 struct DepthwiseTaps {
-  const float* const* input;  // one pointer per row of taps: that input row's pixel 0
+  const float* const* input;  // pixel 0 of each row; null for a row above or below the image
   int64_t rows;
-  int64_t taps;   // of a row
-  int64_t width;  // pixels of an input row
-  int64_t first;
+  int64_t row_step;
+  int64_t row_tap_step;
+  int64_t taps;  // of a row
   int64_t step;
   int64_t tap_step;
+  int64_t first;
+  int64_t width;
   int64_t channels;
 };
 
@@ -35,28 +37,25 @@ struct DepthwiseAhead {
   int64_t size;  // floats
 };
 
-// output[q * output_step + c] = epilogue(sum over rows r, taps s of weight * input), each a chain
-// of fused multiply-adds in that order: the same bits on every instruction set.
+// output[p * output_row + q * output_step + c] = epilogue(sum over r, s of weight * input), each a
+// chain of fused multiply-adds in that order: the same bits on every instruction set.
 struct DepthwiseForward {
   DepthwiseTaps taps;
-  const float* const* weight;  // one pointer per row of taps: [taps][16] of the first 16 channels
-  int64_t weight_group;        // floats to the next 16 channels
+  const float* weight;
   float* output;
-  int64_t output_width;
+  int64_t height, width;  // of the output
+  int64_t output_row;
   int64_t output_step;
   Epilogue epilogue;  // its residual is laid out as the output
-  DepthwiseAhead input_ahead;
-  DepthwiseAhead output_ahead;
+  DepthwiseAhead input_ahead, output_ahead;
 };
 
-// sums[c / 16][r][s][c % 16] += sum over pixels q of grad[q * channels + c] * input: the gradient of
-// the weight, from one row of output pixels.
+// sums, laid out as packed weights, += sum over p, q of grad[p][q * channels + c] * input.
 struct DepthwiseWeightGradient {
   DepthwiseTaps taps;
-  const float* grad;
-  int64_t grad_width;
+  const float* const* grad;  // rows of output pixels
+  int64_t height, width;
   float* sums;
-  int64_t sums_group;  // floats from a group of 16 channels to the next
   DepthwiseAhead input_ahead;
 };
 

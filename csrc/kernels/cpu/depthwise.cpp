@@ -40,132 +40,185 @@ class Ahead {
   int64_t portion_;
 };
 
-template <class P>
-__attribute__((always_inline)) inline VecF finish(const Epilogue& e, VecF value, int64_t offset,
-                                                  int64_t c, P part) {
-  if (e.bias != nullptr) value += load(e.bias + c, part);
-  if (e.residual != nullptr) value += load(e.residual + offset, part);
-  const VecF low = broadcast<VecF>(e.low), high = broadcast<VecF>(e.high);
-  value = value < low ? low : value;
-  return value > high ? high : value;
+int64_t registers(int64_t channels) { return (channels + kLanesF - 1) / kLanesF; }
+
+// f(c, row, Whole or Part): all rows for a cache line of channels before the next line, so what the
+// next row needs again is still in the first cache level.
+template <class F>
+__attribute__((always_inline)) inline void for_each_register_of_rows(int64_t channels,
+                                                                     int64_t rows, const F& f) {
+  for (int64_t line = 0; line < channels; line += kDepthwiseGroup) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t c = line; c < line + kDepthwiseGroup && c < channels; c += kLanesF) {
+        if (c + kLanesF <= channels) {
+          f(c, row, Whole{});
+        } else {
+          f(c, row, Part{channels - c});
+        }
+      }
+    }
+  }
 }
 
-// kPixels outputs from pixel q on, of the channels from c on. kTaps and kStep are zero where they
-// are not known before the call. Unless kInside, taps outside the row are left out.
+// Keeps a value that several multiply-adds share in its register: GCC would load it anew for each.
+inline VecF in_register(VecF value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#endif
+  return value;
+}
+
+// --- forward -------------------------------------------------------------------------------------
+// A store may change anything, so what the loops need of `e` is copied first.
+template <int kPixels, class P>
+__attribute__((always_inline)) inline void finish(const Epilogue& e, VecF (&sums)[kPixels],
+                                                  int64_t offset, int64_t step, int64_t c,
+                                                  float* output, P part) {
+  if (e.bias != nullptr) {
+    const VecF bias = load(e.bias + c, part);
+#pragma GCC unroll 16
+    for (int t = 0; t < kPixels; ++t) sums[t] += bias;
+  }
+  if (e.residual != nullptr) {
+    const float* residual = e.residual + offset;
+#pragma GCC unroll 16
+    for (int t = 0; t < kPixels; ++t, residual += step) sums[t] += load(residual, part);
+  }
+  const VecF low = broadcast<VecF>(e.low), high = broadcast<VecF>(e.high);
+  float* to = output + offset;
+#pragma GCC unroll 16
+  for (int t = 0; t < kPixels; ++t, to += step) {
+    VecF value = sums[t];
+    value = value < low ? low : value;
+    value = value > high ? high : value;
+    store(to, value, part);
+  }
+}
+
+// kPixels outputs of row p from pixel q on, of the channels from c on. kTaps and kStep are zero
+// where they are not known before the call. Unless kInside, taps outside the row are left out.
 template <int kPixels, int kTaps, int kStep, bool kInside, class P>
-__attribute__((noinline)) void tile(const DepthwiseForward& d, int64_t c, int64_t q, P part) {
-  const int64_t channels = d.taps.channels;
-  const int64_t lane = (c / kDepthwiseGroup) * d.weight_group + c % kDepthwiseGroup;
-  const int64_t from = d.taps.first + q * (kStep > 0 ? kStep : d.taps.step);
+__attribute__((noinline)) void tile(const DepthwiseForward& d, int64_t c, int64_t p, int64_t q,
+                                    P part) {
+  const DepthwiseTaps& taps = d.taps;
+  const int64_t channels = taps.channels;
+  const int64_t from = taps.first + q * (kStep > 0 ? kStep : taps.step);
   const auto inside = [&](int64_t pixel) {
-    return kInside || (uint64_t)pixel < (uint64_t)d.taps.width;
+    return kInside || (uint64_t)pixel < (uint64_t)taps.width;
   };
   VecF sums[kPixels];
 #pragma GCC unroll 16
   for (int t = 0; t < kPixels; ++t) sums[t] = VecF{};
 
-  for (int64_t r = 0; r < d.taps.rows; ++r) {
-    const float* w = d.weight[r] + lane;
+  const float* w =
+      d.weight + c / kDepthwiseGroup * kDepthwiseGroup * taps.rows * taps.taps + c % kDepthwiseGroup;
+  const float* const* input = taps.input + p * taps.row_step;
+  for (int64_t r = 0; r < taps.rows; ++r, w += taps.taps * kDepthwiseGroup) {
+    const float* row = input[r * taps.row_tap_step];
+    if (row == nullptr) continue;
     if constexpr (kTaps > 0) {
-      VecF taps[kTaps];
+      VecF weights[kTaps];
 #pragma GCC unroll 8
-      for (int s = 0; s < kTaps; ++s) taps[s] = load(w + s * kDepthwiseGroup);
+      for (int s = 0; s < kTaps; ++s) weights[s] = load(w + s * kDepthwiseGroup);
       // Every input pixel is loaded once and meets all the outputs it has a part in.
-      const float* x = d.taps.input[r] + from * channels + c;
+      const float* x = row + from * channels + c;
 #pragma GCC unroll 48
       for (int j = 0; j < (kPixels - 1) * kStep + kTaps; ++j, x += channels) {
         if (!inside(from + j)) continue;
-        const VecF value = load(x, part);
+        const VecF value = in_register(load(x, part));
 #pragma GCC unroll 8
         for (int s = 0; s < kTaps; ++s) {
           const int t = (j - s) / (kStep > 0 ? kStep : 1);
-          if (j >= s && t < kPixels && t * kStep == j - s) sums[t] = fma(value, taps[s], sums[t]);
+          if (j >= s && t < kPixels && t * kStep == j - s) {
+            sums[t] = fma(value, weights[s], sums[t]);
+          }
         }
       }
     } else {
-      for (int64_t s = 0; s < d.taps.taps; ++s) {
-        const VecF tap = load(w + s * kDepthwiseGroup);
+      for (int64_t s = 0; s < taps.taps; ++s) {
+        const VecF weight = load(w + s * kDepthwiseGroup);
 #pragma GCC unroll 16
         for (int t = 0; t < kPixels; ++t) {
-          const int64_t pixel = from + t * d.taps.step + s * d.taps.tap_step;
+          const int64_t pixel = from + t * taps.step + s * taps.tap_step;
           if (!inside(pixel)) continue;
-          sums[t] = fma(load(d.taps.input[r] + pixel * channels + c, part), tap, sums[t]);
+          sums[t] = fma(load(row + pixel * channels + c, part), weight, sums[t]);
         }
       }
     }
   }
-
-#pragma GCC unroll 16
-  for (int t = 0; t < kPixels; ++t) {
-    const int64_t offset = (q + t) * d.output_step + c;
-    store(d.output + offset, finish(d.epilogue, sums[t], offset, c, part), part);
-  }
+  finish(d.epilogue, sums, p * d.output_row + q * d.output_step + c, d.output_step, c, d.output,
+         part);
 }
 
 // Tiles of kPixels from pixel q on.
 template <int kPixels, int kTaps, int kStep, class P>
-int64_t tiles(const DepthwiseForward& d, int64_t c, int64_t q, P part, Ahead& input,
+int64_t tiles(const DepthwiseForward& d, int64_t c, int64_t p, int64_t q, P part, Ahead& input,
               Ahead& output) {
-  for (; q + kPixels <= d.output_width; q += kPixels) {
+  constexpr bool kWorthwhile = kTaps > 0 && kPixels >= 7;
+  for (; q + kPixels <= d.width; q += kPixels) {
     const int64_t from = d.taps.first + q * kStep;
-    const bool inside = kTaps > 0 && kPixels >= 7 && from >= 0 &&
-                        from + (kPixels - 1) * kStep + kTaps <= d.taps.width;
+    const bool inside =
+        kWorthwhile && from >= 0 && from + (kPixels - 1) * kStep + kTaps <= d.taps.width;
     input.fetch<false>();
     output.fetch<true>();
     if (inside) {
-      tile<kPixels, kTaps, kStep, (kTaps > 0 && kPixels >= 7)>(d, c, q, part);
+      tile<kPixels, kTaps, kStep, kWorthwhile>(d, c, p, q, part);
     } else {
-      tile<kPixels, kTaps, kStep, false>(d, c, q, part);
+      tile<kPixels, kTaps, kStep, false>(d, c, p, q, part);
     }
   }
   return q;
 }
 
-template <int kTaps, int kStep, class P>
-void line(const DepthwiseForward& d, int64_t c, P part, Ahead& input, Ahead& output) {
-  int64_t q = 0;
-  if constexpr (kWidestTile > 7) q = tiles<kWidestTile, kTaps, kStep>(d, c, q, part, input, output);
-  q = tiles<7, kTaps, kStep>(d, c, q, part, input, output);
-  q = tiles<3, kTaps, kStep>(d, c, q, part, input, output);
-  tiles<1, kTaps, kStep>(d, c, q, part, input, output);
-}
-
 template <int kTaps, int kStep>
-void forward_row(const DepthwiseForward& d) {
-  const int64_t channels = d.taps.channels;
+void forward_rows(const DepthwiseForward& d) {
   const int64_t count =
-      ((channels + kLanesF - 1) / kLanesF) * ((d.output_width + kWidestTile - 1) / kWidestTile);
+      d.height * registers(d.taps.channels) * ((d.width + kWidestTile - 1) / kWidestTile);
   Ahead input(d.input_ahead, count), output(d.output_ahead, count);
-  int64_t c = 0;
-  for (; c + kLanesF <= channels; c += kLanesF) {
-    line<kTaps, kStep>(d, c, Whole{}, input, output);
-  }
-  if (c < channels) line<kTaps, kStep>(d, c, Part{channels - c}, input, output);
+  for_each_register_of_rows(d.taps.channels, d.height, [&](int64_t c, int64_t p, auto part) {
+    int64_t q = 0;
+    if constexpr (kWidestTile > 7) {
+      q = tiles<kWidestTile, kTaps, kStep>(d, c, p, q, part, input, output);
+    }
+    q = tiles<7, kTaps, kStep>(d, c, p, q, part, input, output);
+    q = tiles<3, kTaps, kStep>(d, c, p, q, part, input, output);
+    tiles<1, kTaps, kStep>(d, c, p, q, part, input, output);
+  });
 }
 
 void forward(const DepthwiseForward& d) {
-  const DepthwiseTaps& t = d.taps;
   const auto is = [&](int64_t taps, int64_t step) {
-    return t.taps == taps && t.step == step && (t.tap_step == 1 || taps == 1);
+    return d.taps.taps == taps && d.taps.step == step && (d.taps.tap_step == 1 || taps == 1);
   };
-  if (is(3, 1)) return forward_row<3, 1>(d);
-  if (is(3, 2)) return forward_row<3, 2>(d);
-  if (is(5, 1)) return forward_row<5, 1>(d);
-  if (is(5, 2)) return forward_row<5, 2>(d);
+  if (is(3, 1)) return forward_rows<3, 1>(d);
+  if (is(3, 2)) return forward_rows<3, 2>(d);
+  if (is(5, 1)) return forward_rows<5, 1>(d);
+  if (is(5, 2)) return forward_rows<5, 2>(d);
   // Those of a gradient with stride 2.
-  if (is(1, 1)) return forward_row<1, 1>(d);
-  if (is(2, 1)) return forward_row<2, 1>(d);
-  forward_row<0, 0>(d);
+  if (is(1, 1)) return forward_rows<1, 1>(d);
+  if (is(2, 1)) return forward_rows<2, 1>(d);
+  forward_rows<0, 0>(d);
+}
+
+// --- gradient of the weight ----------------------------------------------------------------------
+float* sums_of(const DepthwiseWeightGradient& d, int64_t c, int64_t r) {
+  const int64_t taps = c / kDepthwiseGroup * d.taps.rows * d.taps.taps + r * d.taps.taps;
+  return d.sums + taps * kDepthwiseGroup + c % kDepthwiseGroup;
 }
 
 // The sums of kRows x kTaps weights stay in registers along a row of output pixels.
 template <int kRows, int kTaps, int kStep, class P>
-__attribute__((noinline)) void gradient_line(const DepthwiseWeightGradient& d, int64_t row,
-                                             int64_t c, P part, Ahead& ahead) {
+__attribute__((noinline)) void gradient_row(const DepthwiseWeightGradient& d, int64_t c, int64_t p,
+                                            int64_t row, P part, Ahead& ahead) {
   const int64_t channels = d.taps.channels, first = d.taps.first, width = d.taps.width;
+  const float* grad = d.grad[p] + c;
+  const float* input[kRows];
   VecF sums[kRows][kTaps];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+    input[r] = d.taps.input[p * d.taps.row_step + (row + r) * d.taps.row_tap_step] + c;
 #pragma GCC unroll 8
     for (int s = 0; s < kTaps; ++s) sums[r][s] = VecF{};
   }
@@ -175,15 +228,15 @@ __attribute__((noinline)) void gradient_line(const DepthwiseWeightGradient& d, i
     constexpr int kPixels = decltype(count)::value;
     VecF g[kPixels];
 #pragma GCC unroll 4
-    for (int t = 0; t < kPixels; ++t) g[t] = load(d.grad + (q + t) * channels + c, part);
+    for (int t = 0; t < kPixels; ++t) g[t] = load(grad + (q + t) * channels, part);
     const int64_t from = first + q * kStep;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const float* x = d.taps.input[row + r] + from * channels + c;
+      const float* x = input[r] + from * channels;
 #pragma GCC unroll 16
       for (int j = 0; j < (kPixels - 1) * kStep + kTaps; ++j, x += channels) {
         if (!inside.value && (uint64_t)(from + j) >= (uint64_t)width) continue;
-        const VecF value = load(x, part);
+        const VecF value = in_register(load(x, part));
 #pragma GCC unroll 4
         for (int t = 0; t < kPixels; ++t) {
           const int s = j - t * kStep;
@@ -195,17 +248,16 @@ __attribute__((noinline)) void gradient_line(const DepthwiseWeightGradient& d, i
 
   const int64_t begin = first >= 0 ? 0 : (-first + kStep - 1) / kStep;
   const int64_t end = width - kTaps >= first ? (width - kTaps - first) / kStep + 1 : 0;
-  const int64_t last = end < d.grad_width ? end : d.grad_width;
+  const int64_t last = end < d.width ? end : d.width;
   int64_t q = 0;
-  for (; q < begin && q < d.grad_width; ++q) pixels(q, Constant<1>{}, Constant<false>{});
+  for (; q < begin && q < d.width; ++q) pixels(q, Constant<1>{}, Constant<false>{});
   for (; q + 2 <= last; q += 2) {
     ahead.fetch<false>();
     pixels(q, Constant<2>{}, Constant<true>{});
   }
-  for (; q < d.grad_width; ++q) pixels(q, Constant<1>{}, Constant<false>{});
+  for (; q < d.width; ++q) pixels(q, Constant<1>{}, Constant<false>{});
 
-  float* to = d.sums + (c / kDepthwiseGroup) * d.sums_group + row * kTaps * kDepthwiseGroup +
-              c % kDepthwiseGroup;
+  float* to = sums_of(d, c, row);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -213,51 +265,48 @@ __attribute__((noinline)) void gradient_line(const DepthwiseWeightGradient& d, i
   }
 }
 
-template <int kRows, int kTaps, int kStep, class P>
-void gradient_rows(const DepthwiseWeightGradient& d, int64_t c, P part, Ahead& ahead) {
-  int64_t row = 0;
-  for (; row + kRows <= d.taps.rows; row += kRows) {
-    gradient_line<kRows, kTaps, kStep>(d, row, c, part, ahead);
-  }
-  for (; row < d.taps.rows; ++row) gradient_line<1, kTaps, kStep>(d, row, c, part, ahead);
-}
-
 // Any taps: one sum at a time.
 template <class P>
-void gradient_any(const DepthwiseWeightGradient& d, int64_t c, P part) {
-  const int64_t channels = d.taps.channels;
-  float* to = d.sums + (c / kDepthwiseGroup) * d.sums_group + c % kDepthwiseGroup;
-  for (int64_t r = 0; r < d.taps.rows; ++r) {
-    for (int64_t s = 0; s < d.taps.taps; ++s, to += kDepthwiseGroup) {
-      VecF sum{};
-      for (int64_t q = 0; q < d.grad_width; ++q) {
-        const int64_t pixel = d.taps.first + q * d.taps.step + s * d.taps.tap_step;
-        if ((uint64_t)pixel >= (uint64_t)d.taps.width) continue;
-        sum = fma(load(d.taps.input[r] + pixel * channels + c, part),
-                  load(d.grad + q * channels + c, part), sum);
-      }
-      store(to, load(to) + sum);
+void gradient_row_any(const DepthwiseWeightGradient& d, int64_t c, int64_t p, int64_t r, P part) {
+  const DepthwiseTaps& taps = d.taps;
+  const float* row = taps.input[p * taps.row_step + r * taps.row_tap_step] + c;
+  const float* grad = d.grad[p] + c;
+  float* to = sums_of(d, c, r);
+  for (int64_t s = 0; s < taps.taps; ++s, to += kDepthwiseGroup) {
+    VecF sum{};
+    for (int64_t q = 0; q < d.width; ++q) {
+      const int64_t pixel = taps.first + q * taps.step + s * taps.tap_step;
+      if ((uint64_t)pixel >= (uint64_t)taps.width) continue;
+      sum = fma(load(row + pixel * taps.channels, part), load(grad + q * taps.channels, part), sum);
     }
+    store(to, load(to) + sum);
   }
 }
 
 template <int kRows, int kTaps, int kStep>
-void gradient_row(const DepthwiseWeightGradient& d) {
-  const int64_t channels = d.taps.channels;
-  Ahead ahead(d.input_ahead, ((channels + kLanesF - 1) / kLanesF) * (d.grad_width / 2));
-  for (int64_t c = 0; c < channels; c += kLanesF) {
-    if constexpr (kTaps == 0) {
-      if (c + kLanesF <= channels) {
-        gradient_any(d, c, Whole{});
-      } else {
-        gradient_any(d, c, Part{channels - c});
+void gradient_rows(const DepthwiseWeightGradient& d) {
+  const DepthwiseTaps& taps = d.taps;
+  Ahead ahead(d.input_ahead, d.height * registers(taps.channels) * (d.width / 2));
+  for_each_register_of_rows(taps.channels, d.height, [&](int64_t c, int64_t p, auto part) {
+    const float* const* input = taps.input + p * taps.row_step;
+    for (int64_t r = 0; r < taps.rows;) {
+      int64_t count = 0;
+      while (count < (kRows > 0 ? kRows : 1) && r + count < taps.rows &&
+             input[(r + count) * taps.row_tap_step] != nullptr) {
+        ++count;
       }
-    } else if (c + kLanesF <= channels) {
-      gradient_rows<kRows, kTaps, kStep>(d, c, Whole{}, ahead);
-    } else {
-      gradient_rows<kRows, kTaps, kStep>(d, c, Part{channels - c}, ahead);
+      if constexpr (kRows == 0) {
+        if (count > 0) gradient_row_any(d, c, p, r, part);
+        ++r;
+      } else if (count == kRows) {
+        gradient_row<kRows, kTaps, kStep>(d, c, p, r, part, ahead);
+        r += kRows;
+      } else {
+        if (count > 0) gradient_row<1, kTaps, kStep>(d, c, p, r, part, ahead);
+        ++r;
+      }
     }
-  }
+  });
 }
 
 void weight_gradient(const DepthwiseWeightGradient& d) {
@@ -266,13 +315,14 @@ void weight_gradient(const DepthwiseWeightGradient& d) {
 #else
   constexpr int kRowsOfFive = 2;  // with 16 registers
 #endif
-  const int64_t taps = d.taps.taps, step = d.taps.step;
-  const bool dense = d.taps.tap_step == 1;
-  if (dense && taps == 3 && step == 1) return gradient_row<3, 3, 1>(d);
-  if (dense && taps == 3 && step == 2) return gradient_row<3, 3, 2>(d);
-  if (dense && taps == 5 && step == 1) return gradient_row<kRowsOfFive, 5, 1>(d);
-  if (dense && taps == 5 && step == 2) return gradient_row<kRowsOfFive, 5, 2>(d);
-  gradient_row<0, 0, 0>(d);
+  const auto is = [&](int64_t taps, int64_t step) {
+    return d.taps.taps == taps && d.taps.step == step && d.taps.tap_step == 1;
+  };
+  if (is(3, 1)) return gradient_rows<3, 3, 1>(d);
+  if (is(3, 2)) return gradient_rows<3, 3, 2>(d);
+  if (is(5, 1)) return gradient_rows<kRowsOfFive, 5, 1>(d);
+  if (is(5, 2)) return gradient_rows<kRowsOfFive, 5, 2>(d);
+  gradient_rows<0, 0, 0>(d);
 }
 
 void flush(float* sums, double* totals, int64_t size) {
