@@ -1,15 +1,23 @@
-"""Counts what a training step keeps between its forward and its backward."""
+"""Counts what a training step keeps between its forward and its backward.
+
+``python -m benchmarks.kept`` prints it for a model, stock and welded.
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torchweld as tw
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from benchmarks import models
 
 
 def _storages(values: Any) -> dict[StorageWeakRef, int]:
@@ -50,9 +58,31 @@ def kept_bytes(forward: Callable[[], Tensor], *, keeping: Any = ()) -> int:
     Returns:
         Bytes, the result's own not among them.
     """
-    gc.collect()
     with _Made() as watch:
         result = forward()
     gc.collect()
     others = _storages((result, keeping))
     return sum(size for ref, size in watch.made.items() if ref not in others and not ref.expired())
+
+
+def main() -> None:
+    """Print the bytes one model keeps, by the ways to weld it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kept", description=main.__doc__)
+    parser.add_argument("--model", default="resnet50", help="a function of benchmarks/models.py")
+    parser.add_argument("--shape", default=[8, 3, 224, 224], nargs=4, type=int, help="of the input")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    stock = getattr(models, args.model)().train()
+    ways = {"stock": stock, "weld(model)": tw.weld(stock)} | {
+        f"weld(model, memory_saving={how!r})": tw.weld(stock, memory_saving=how)
+        for how in (True, "recompute")
+    }
+    x, first = torch.randn(args.shape), 0
+    for name, model in ways.items():
+        kept = kept_bytes(lambda model=model: model(x).square().mean())  # type: ignore[misc]
+        first = first or kept
+        print(f"{name:40} {kept / 2**20:8.1f} MiB  {kept / first:.3f}")
+
+
+if __name__ == "__main__":
+    main()

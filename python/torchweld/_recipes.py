@@ -177,10 +177,20 @@ def recording(recompute: bool) -> Iterator[None]:
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
-    """The recipe of a tensor of this recording, unless it was written to since."""
-    recipes = _recording.recipes
-    recipe: Recipe | None = None if recipes is None else recipes.get(tensor)
+    """The recipe of a tensor of this recording or of a view of one, unless it was written to."""
+    recipes, base = _recording.recipes, tensor._base
+    if recipes is None:
+        return None
+    recipe: Recipe | None = recipes.get(tensor)
+    if recipe is None and base is not None and base.dtype == tensor.dtype and recipe_of(base):
+        offset = tensor.storage_offset() - base.storage_offset()
+        place = tensor.shape, tensor.stride(), offset
+        recipe = recipes[tensor] = Recipe(tensor, _view, (base,), place)
     return recipe if recipe is not None and recipe.version == tensor._version else None
+
+
+def _view(base: Tensor, shape: list[int], stride: list[int], offset: int) -> Tensor:
+    return base.as_strided(shape, stride, base.storage_offset() + offset)
 
 
 def is_recording() -> bool:
@@ -211,4 +221,6 @@ def remember(
 def forget(tensor: Tensor) -> None:
     """From here on, save this tensor as it is."""
     if _recording.recipes is not None:
-        _recording.recipes.pop(tensor, None)
+        for saved in (tensor, tensor._base):
+            if saved is not None:
+                _recording.recipes.pop(saved, None)
