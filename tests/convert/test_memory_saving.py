@@ -211,7 +211,7 @@ def test_checkpoint(level, use_reentrant, whole):
 
     loss = run if whole else loss_of
     assert_same_bits(normal, saving, x, partial(step, loss_of=loss))
-    assert kept(saving, x, loss) <= kept(normal, x, loss)
+    assert kept(saving, x, loss) <= (1 if whole else 0.8) * kept(normal, x, loss)
 
 
 def test_hooks_of_others_see_what_is_saved():
@@ -313,63 +313,64 @@ def test_a_chain_as_long_as_networks_get():
     del loss
 
 
-def test_nothing_stays():
-    _, saving = pair(ResNet, True)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_backward_makes_what_it_needs(level):
+    """The last unit's convolution at most; nothing before it."""
+    _, saving = pair(Plain, level)
+    loss = loss_of(saving, images(2, 3, 16, 16))
+    last = saving[-1][0].weight
+    alive = kept_bytes(lambda: torch.autograd.grad(loss, last, retain_graph=True)[0])
+    assert alive <= 2 * 6 * 16 * 16 * 4
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("stock", [ResNet, InPlace])
+def test_nothing_stays(stock, level):
+    _, saving = pair(stock, level)
     x = images(2, 3, 16, 16)
+    assert kept_bytes(lambda: loss_of(saving, x).detach()) == 0
     loss = loss_of(saving, x)
-    retained = kept_bytes(lambda: loss.backward(retain_graph=True) or loss)
     gradients = sum(p.nbytes for p in [x, *saving.parameters()])
-    assert retained <= gradients
+    assert kept_bytes(lambda: loss.backward(retain_graph=True) or loss) <= gradients
+
+
+def written_to(level, write):
+    """A gradient that needs a recipe, after something was written to."""
+    torch.manual_seed(0)
+    first, second = conv_bn(3, 4), conv_bn(4, 4)
+    x = images(2, 3, 8, 8)
+    with _recipes.recording(recompute=level == "recompute"):
+        y = conv_bn_relu(x, *first)
+        loss = F.max_pool2d(y, 2).mean() if level == "recompute" else second[0](y).mean()
+    with torch.no_grad():
+        write(x, y, first[1].weight)
+    return torch.autograd.grad(loss, first[1].bias if level == "recompute" else second[0].weight)[0]
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_written_to_after_it_was_saved(level):
-    torch.manual_seed(0)
-    first, second = conv_bn(3, 4), conv_bn(4, 4)
-    parameters = [p for part in (*first, *second) for p in part.parameters()]
+    expected = written_to(level, lambda x, y, weight: None)
+    # Stock PyTorch raises: what was saved is gone. A recipe still has it.
+    assert torch.equal(written_to(level, lambda x, y, weight: y.zero_()), expected)
 
-    def gradients(write):
-        x = images(2, 3, 8, 8)
-        scale = images(2, 4, 8, 8)
-        with _recipes.recording(recompute=level == "recompute"):
-            y = conv_bn_relu(x, *first)
-            z = F.max_pool2d(y, 2) if level == "recompute" else conv_bn_relu(y, *second)
-            loss = (z * 2).mean() + (z.detach() * scale[:, :, : z.shape[2], : z.shape[3]]).mean()
-        with torch.no_grad():
-            write(x, y, scale)
-        wanted = [p for p in parameters if level is True or p is first[0].weight]
-        return torch.autograd.grad(loss, [*wanted, scale], allow_unused=True)
 
-    # Stock PyTorch raises here: what was saved is gone. A recipe still has it.
-    for ours, theirs in zip(
-        gradients(lambda x, y, scale: y.zero_()), gradients(lambda *_: None), strict=True
-    ):
-        assert ours is theirs is None or torch.equal(ours, theirs)
+def test_what_a_recipe_needs_was_written_to():
+    expected = written_to(True, lambda x, y, weight: None)
+    assert torch.equal(written_to(True, lambda x, y, weight: x.zero_()), expected)
+    assert torch.equal(written_to(True, lambda x, y, weight: weight.zero_()), expected)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation.* at version 1"):
-        gradients(lambda x, y, scale: x.zero_())
+        written_to("recompute", lambda x, y, weight: x.zero_())
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_threads(level):
-    torch.manual_seed(0)
-    _, saving = pair(ResNet, level)
-    copies = [copy.deepcopy(saving) for _ in range(4)]
-    x = [images(2, 3, 16, 16).detach().requires_grad_() for _ in copies]
-    torch.manual_seed(2)
-    expected, results = step(saving, images(2, 3, 16, 16)), {}
-
-    def run(i):
-        for _ in range(3):
-            results[i] = step(copy.deepcopy(copies[i]), x[i], lambda m, x: m(x).square().mean())
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
+def test_a_recording_is_of_one_thread():
+    with _recipes.recording(recompute=False):
+        y = conv_bn_relu(images(2, 3, 8, 8), *conv_bn(3, 4))
+        seen = [_recipes.recipe_of(y)]
+        thread = threading.Thread(target=lambda: seen.append(_recipes.recipe_of(y)))
         thread.start()
-    for thread in threads:
         thread.join()
-    for i in range(4):
-        for ours, theirs in zip(results[i], expected, strict=True):
-            assert torch.equal(ours, theirs)
+    assert isinstance(seen[0], _recipes.Recipe)
+    assert seen[1] is None
 
 
 class Wrapped(nn.Module):
