@@ -240,6 +240,7 @@ class Spy(nn.Identity):
         return x
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_hooks_only_where_it_trains():
     saving, x = tw.weld(nn.Sequential(unit(3, 4), Spy()), memory_saving=True), images(2, 3, 8, 8)
     for training, grad in ((True, True), (True, False), (False, True), (False, False)):
@@ -247,8 +248,14 @@ def test_hooks_only_where_it_trains():
         with torch.set_grad_enabled(grad):
             saving(x)
         assert (saving[1].hooks is not None) == (training and grad)
+    saving.train()
+    torch.jit.trace(saving, x.detach(), check_trace=False)
+    assert saving[1].hooks is None
+    with torch.autograd.graph.disable_saved_tensors_hooks("as torch.func does"):
+        saving(x)
+    assert saving[1].hooks is None
     with pytest.raises(ValueError, match="expected 4D"):
-        saving.train()(x[0])
+        saving(x[0])
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
@@ -371,6 +378,18 @@ def test_a_recording_is_of_one_thread():
         thread.join()
     assert isinstance(seen[0], _recipes.Recipe)
     assert seen[1] is None
+    assert _recipes.recipe_of(y) is None
+
+
+def test_layout_of_what_a_recipe_makes():
+    x, weight = images(2, 3, 4, 4), torch.ones((), requires_grad=True)
+    with _recipes.recording(recompute=False):
+        y = x.detach().contiguous(memory_format=torch.channels_last)
+        _recipes.remember(y, lambda x: x.clone(), (x,))
+        z = y * weight
+    assert z.grad_fn._saved_self is not y
+    assert z.grad_fn._saved_self.stride() == y.stride()
+    assert torch.equal(z.grad_fn._saved_self, y)
 
 
 class Wrapped(nn.Module):
@@ -384,8 +403,9 @@ class Wrapped(nn.Module):
         return self.fc(F.max_pool2d(self.features(x), 16).flatten(1))
 
 
-def test_copies():
-    (normal, saving), x = pair(Wrapped, "recompute"), images(2, 3, 16, 16)
+@pytest.mark.parametrize("level", LEVELS)
+def test_copies(level):
+    (normal, saving), x = pair(Wrapped, level), images(2, 3, 16, 16)
     saved, in_all = kept(saving, x), kept(normal, x)
     assert saved <= 0.6 * in_all
     for same in (copy.deepcopy(saving), pickle.loads(pickle.dumps(saving))):
@@ -435,13 +455,15 @@ def test_compiled_part():
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_trace_and_functional_call():
-    _, saving = pair(ResNet, True)
-    x = images(2, 3, 16, 16)
-    traced = torch.jit.trace(copy.deepcopy(saving), x.detach(), check_trace=False)
-    y = torch.func.functional_call(saving, dict(saving.named_parameters()), (x,))
-    assert torch.equal(traced(x), y)
+def test_functional_call():
+    normal, saving = pair(ResNet, True)
+
+    def run(model, x):
+        values = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
+        loss = loss_of(partial(torch.func.functional_call, model, values), x)
+        return torch.autograd.grad(loss, [*values.values()])
+
+    assert_same_bits(normal, saving, images(2, 3, 16, 16), run)
 
 
 def test_module_hooks():
