@@ -229,5 +229,7 @@ def test_refused_arguments():
         tw.weld(lambda x: x)
     with pytest.raises(TypeError, match="list or tuple of positional arguments, got dict"):
         tw.weld(ResNet(), example_inputs={"x": torch.randn(1, 3, 16, 16)})
-    with pytest.raises(NotImplementedError, match="memory_saving"):
-        tw.weld(ResNet(), memory_saving=True)
+    with pytest.raises(ValueError, match="False, True or \"recompute\", got 'all'"):
+        tw.weld(ResNet(), memory_saving="all")
+    with pytest.raises(ValueError, match="memory_saving is for training"):
+        tw.weld(ResNet(), memory_saving=True, inference=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.autocast_mode import _cast
+
+from torchweld import _recipes
 
 _ops = torch.ops.torchweld
 
@@ -149,11 +152,55 @@ def _gradients(
     return tuple(result)
 
 
+# To convolve again, the op itself: nothing else is sure to give the same bits.
+def _convolve(conv: list[Any], input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    tail = *conv, 1.0, "identity", 0.0
+    output: Tensor = _ops.conv_bn_relu(input, weight, bias, None, None, None, *tail)[1]
+    return output
+
+
+def _convolve_frozen(conv: list[Any], input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    zeros = input.new_zeros(weight.shape[0])
+    tail = *conv, 1.0, "identity", 0.0
+    output: Tensor = _ops.conv_bn_relu_frozen(
+        input, weight, bias, None, None, zeros, zeros, None, *tail
+    )[1]
+    return output
+
+
+def _remember(
+    ctx: Any,
+    output: Tensor,
+    conv_output: Tensor,
+    batch_norm: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    convolve: Callable[..., Tensor],
+    convolved: tuple[Tensor, Tensor, Tensor | None],
+) -> None:
+    """Note what a unit's output can be made from, before anything saves it."""
+    if _recipes.recomputes():
+        # A conv's input is kept, or its recipe would go back to the start of the network.
+        _recipes.forget(convolved[0])
+        _recipes.remember(conv_output, convolve, convolved)
+    # Copies, as an optimizer may step before the last who saved the output has had it.
+    mean, invstd, *parameters = batch_norm
+    copies = (None if p is None else p.detach().clone() for p in parameters)
+    _recipes.remember(
+        output, _ops.batch_norm_relu, (conv_output, mean, invstd, *copies, residual),
+        (ctx.activation, ctx.slope),
+    )  # fmt: skip
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, _, bn_weight, bn_bias, residual, *ctx.conv, _, ctx.activation, ctx.slope = inputs
-    _, conv_output, mean, invstd, var = output
+    (input, weight, bias, bn_weight, bn_bias, residual,
+     *ctx.conv, _, ctx.activation, ctx.slope) = inputs  # fmt: skip
+    y, conv_output, mean, invstd, var = output
     ctx.mark_non_differentiable(conv_output, mean, invstd, var)
     ctx.set_materialize_grads(False)
+    if _recipes.is_recording():
+        batch_norm = mean, invstd, bn_weight, bn_bias
+        again = partial(_convolve, ctx.conv)
+        _remember(ctx, y, conv_output, batch_norm, residual, again, (input, weight, bias))
     ctx.save_for_backward(input, weight, bn_weight, bn_bias, residual, conv_output, mean, invstd)
 
 
@@ -169,11 +216,15 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | 
 
 
 def _setup_context_frozen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (input, weight, _, bn_weight, bn_bias, mean, var, residual,
+    (input, weight, bias, bn_weight, bn_bias, mean, var, residual,
      *ctx.conv, ctx.eps, ctx.activation, ctx.slope) = inputs  # fmt: skip
-    conv_output = output[1]
+    y, conv_output = output
     ctx.mark_non_differentiable(conv_output)
     ctx.set_materialize_grads(False)
+    if _recipes.is_recording():
+        batch_norm = mean.double(), 1 / (var.double() + ctx.eps).sqrt(), bn_weight, bn_bias
+        again = partial(_convolve_frozen, ctx.conv)
+        _remember(ctx, y, conv_output, batch_norm, residual, again, (input, weight, bias))
     ctx.save_for_backward(input, weight, bn_weight, bn_bias, mean, var, residual, conv_output)
 
 

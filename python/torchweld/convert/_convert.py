@@ -29,7 +29,7 @@ def weld(
     *,
     example_inputs: Tensor | Sequence[Any] | None = None,
     inference: bool = False,
-    memory_saving: bool = False,
+    memory_saving: _welded.MemorySaving = False,
 ) -> nn.Module:
     """Fuse every convolution, batch normalization, addition and activation that belong together.
 
@@ -59,7 +59,6 @@ def weld(
         ValueError: a copy of the model would not share its parameters (TorchScript modules), or
             ``inference=True`` and a module is lazy.
         RuntimeError: the outputs on ``example_inputs`` differ.
-        NotImplementedError: ``memory_saving=True``.
 
     Note:
         A forward is traced with torch.fx, in training and in evaluation. What it reads from its
@@ -85,8 +84,16 @@ def weld(
             "torchweld.weld: expected example_inputs to be a tensor or a list or tuple of "
             f"positional arguments, got {type(example_inputs).__name__}"
         )
-    if memory_saving:
-        raise NotImplementedError("torchweld.weld: memory_saving=True is not available yet")
+    if memory_saving not in (False, True, "recompute"):
+        raise ValueError(
+            'torchweld.weld: expected memory_saving to be False, True or "recompute", got '
+            f"{memory_saving!r}"
+        )
+    if memory_saving and inference:
+        raise ValueError(
+            "torchweld.weld: memory_saving is for training, and inference=True gives a model that "
+            "cannot train"
+        )
     if inference and any(map(nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
         raise ValueError(
             "torchweld.weld: inference=True needs values to fold, and a lazy module has none yet; "
@@ -106,6 +113,8 @@ def weld(
         _welded.hide_channels_last(welded, snapshot=inference)
     if inference and not _welded.is_snapshot(welded):
         _welded.install(welded, _welded.Weld(frozenset()), snapshot=True)
+    if memory_saving:
+        _welded.save_memory(welded, memory_saving)
     if example_inputs is not None:
         _check_outputs(model, welded, example_inputs)
     return welded

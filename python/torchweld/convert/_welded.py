@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from torchweld import _recipes
 from torchweld.convert import _match, _rules
 from torchweld.convert._inline import inline
 from torchweld.convert._trace import Traced, trace, usual_call
@@ -29,6 +30,7 @@ _STATE = "_torchweld"
 _MOST_PLANS = 8
 
 Forward = Callable[..., Any]
+MemorySaving: TypeAlias = bool | Literal["recompute"]
 
 
 @dataclass(frozen=True)
@@ -59,27 +61,33 @@ class Plan:
 
 
 class Weld:
-    """What a welded module keeps: which pairs may be fused, and the plans made so far.
+    """What a welded module keeps.
 
-    With ``channels_last`` its images are put in that memory order first, which nobody sees.
+    Attributes:
+        pairs: what may be fused.
+        plans: those made so far.
+        memory_saving: as :func:`torchweld.weld` takes it.
+        channels_last: whether its images are put in that memory order first, which nobody sees.
     """
 
     def __init__(
         self,
         pairs: frozenset[tuple[str, str]],
         plans: tuple[Plan, ...] = (),
+        memory_saving: MemorySaving = False,
         channels_last: bool = False,
     ):
         self.pairs = pairs
         self.plans = list(plans)
+        self.memory_saving = memory_saving
         self.channels_last = channels_last
 
     # A plan names modules and holds none, so a copy of the module can use it.
     def __deepcopy__(self, memo: dict[int, Any]) -> Weld:
-        return Weld(self.pairs, tuple(self.plans), self.channels_last)
+        return Weld(self.pairs, tuple(self.plans), self.memory_saving, self.channels_last)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Weld, (self.pairs, (), self.channels_last)
+        return Weld, (self.pairs, (), self.memory_saving, self.channels_last)
 
     def add(self, owner: nn.Module, spec: object, traced: Traced) -> None:
         """Make a plan of a traced forward. The graph is rewritten in place."""
@@ -143,6 +151,16 @@ def uninstall(owner: nn.Module) -> None:
     """Give a welded module its stock class back."""
     owner.__class__ = stock_class(owner)
     owner.__dict__.pop(_STATE, None)
+
+
+def save_memory(model: nn.Module, how: MemorySaving) -> None:
+    """Have a welded model save recipes: from its root on, and from wherever it is entered."""
+    if not is_welded(model):
+        install(model, Weld(frozenset()))
+    for module in model.modules():
+        weld = module.__dict__.get(_STATE)
+        if weld is not None:
+            weld.memory_saving = how
 
 
 def is_welded(module: nn.Module) -> bool:
@@ -223,6 +241,12 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
         weld = getattr(self, _STATE, None)
         if weld is not None and weld.channels_last:
             args = tuple(_in_channels_last(value) for value in args)
+        if weld is not None and weld.memory_saving and self.training and _recipes.can_record():
+            with _recipes.recording(recompute=weld.memory_saving == "recompute"):
+                return run(self, weld, args, kwargs)
+        return run(self, weld, args, kwargs)
+
+    def run(self: nn.Module, weld: Weld | None, args: Any, kwargs: Any) -> Any:
         # Hooks on every module of the process are to see every module.
         if weld is None or not weld.pairs or _has_any_global_hook():
             return stock_forward(self, *args, **kwargs)
@@ -245,7 +269,7 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
     def setstate(self: nn.Module, state: Any) -> None:
         stock.__setstate__(self, state)
         weld = self.__dict__.get(_STATE)
-        if weld is not None and not weld.plans:
+        if weld is not None and weld.pairs and not weld.plans:
             weld.prepare(self)
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
