@@ -146,6 +146,8 @@ def main() -> int:
         writer = Writer(file)
         for job in jobs:
             bar.set_description(f"{job.op}, {job.case}")
+            if options.compile:
+                torch.compiler.reset()  # else the tenth nn.Sequential would run uncompiled
             rows = harness.record(
                 job,
                 machine,

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-# mallopt(3): no block is mapped, and what is freed stays in the heap; or every block of 128 KiB
-# or more is mapped, for good, and the heap gives back its end.
+# mallopt(3): no block is mapped, and what is freed stays in the heap; or every block of 1 MiB
+# or more is mapped, and the heap gives back its end.
 STATES: Mapping[str, Mapping[str, str]] = {
     "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
-    "fresh": {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
+    "fresh": {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"},
     "tcmalloc": {"LD_PRELOAD": "tcmalloc"},
     "default": {},
 }

@@ -65,11 +65,13 @@ def _figure(op: str, pairs: Sequence[Pair]) -> Any:
     floor.set_xlim(left=0)
     floor.axvline(100, color="black", linewidth=1)
     floor.grid(axis="both", alpha=0.3)
-    floor.set_xlabel("share of the floor, % (circle: torchweld, bar: fastest rival)")
-    figure.legend(loc="outside lower left", ncols=len(states), fontsize=8)
+    floor.set_xlabel("share of the floor, %")
+    floor.plot([], [], "o", color="black", label="torchweld")
+    floor.plot([], [], "|", color=RIVAL, markersize=7, markeredgewidth=2, label="fastest rival")
+    figure.legend(loc="outside lower center", ncols=len(states) + 2, fontsize=8)
     _, first = pairs[0]
     figure.suptitle(
-        f"{op}\n{first['cpu_model']}, {first['capability']}, {first['threads']} threads, "
+        f"{op}\n{first['cpu_model']}, {first['capability']}, threads: {first['threads']}, "
         f"torch {first['torch']}",
         fontsize=10,
     )
@@ -83,7 +85,8 @@ def _speed(
     label = f"malloc {state}: geometric mean {geometric_mean(ratios):.2f}"
     bars = axes.barh(places, ratios, width, color=colour, label=label)
     texts = [f"{ours['ratio']:.2f}  {rival['contender']}" for rival, ours in pairs]
-    axes.bar_label(bars, texts, padding=3, fontsize=7)
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    axes.bar_label(bars, texts, padding=3, fontsize=7, bbox=white)
 
 
 def _floor(axes: Any, places: Sequence[float], pairs: Sequence[Pair], colour: str) -> None:
