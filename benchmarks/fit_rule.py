@@ -100,7 +100,7 @@ def score(gain: float) -> float:
     return gain if gain > -MARGIN else PENALTY * gain
 
 
-def grow(data: Sequence[tuple[dict[str, int], float]], depth: int = DEPTH) -> tuple[Tree, float]:
+def grow(data: Sequence[tuple[dict[str, int], float]], depth: int) -> tuple[Tree, float]:
     """Return the best tree of greedy splits over features and gains, and its score."""
     total = sum(score(gain) for _, gain in data)
     best, best_score = Tree(total > 0), max(0.0, total)
@@ -134,7 +134,9 @@ def fit(samples: Sequence[Sample]) -> dict[str, Tree]:
         rivals = ("aten", "dense") if algorithm == "winograd" else ("aten",)
         data = [(s.features, s.gain(algorithm, *rivals)) for s in samples if algorithm in s.times]
         if data:
-            trees[algorithm] = grow(data)[0]
+            trees[algorithm] = max(
+                (grow(data, depth) for depth in range(DEPTH + 1)), key=lambda grown: grown[1]
+            )[0]
     return trees
 
 
