@@ -116,15 +116,21 @@ def grow(data: Sequence[tuple[dict[str, int], float]], depth: int) -> tuple[Tree
             for features, gain in data:
                 parts[features[feature] < threshold].append((features, gain))
             if min(map(len, parts)) >= SMALLEST:
-                worth = sum(max(0.0, sum(score(gain) for _, gain in part)) for part in parts)
-                candidates.append((worth, feature, threshold, parts))
-    for _, feature, threshold, (no, yes) in sorted(candidates, key=lambda c: -c[0])[:BEAM]:
+                candidates.append((_worth(parts), feature, threshold, parts))
+    candidates.sort(key=lambda candidate: candidate[0], reverse=True)
+    for _, feature, threshold, (no, yes) in candidates[:BEAM]:
         (yes_tree, yes_score), (no_tree, no_score) = grow(yes, depth - 1), grow(no, depth - 1)
         # Another question has to earn its place.
         if yes_score + no_score > best_score * 1.02 + 0.05:
             best_score = yes_score + no_score
             best = Tree(False, feature, threshold, yes_tree, no_tree)
     return best, best_score
+
+
+def _worth(parts: Sequence[Sequence[tuple[dict[str, int], float]]]) -> tuple[float, float]:
+    """Return the score if each part had one answer; among equals, that with losses not punished."""
+    gains = [[gain for _, gain in part] for part in parts]
+    return sum(max(0.0, sum(map(score, g))) for g in gains), sum(max(0.0, sum(g)) for g in gains)
 
 
 def fit(samples: Sequence[Sample]) -> dict[str, Tree]:
