@@ -71,10 +71,11 @@ class Tree:
         if self.yes is None or self.no is None:
             return "true" if self.answer else "false"
         below, above = (f"{self.feature} {sign} {self.threshold}" for sign in ("<", ">="))
-        sides = []
-        for asked, then in ((below, str(self.yes)), (above, str(self.no))):
-            if then != "false":
-                sides.append(asked if then == "true" else f"({asked} && {then})")
+        yes, no = str(self.yes), str(self.no)
+        if "true" in (yes, no):
+            asked, other = (below, no) if yes == "true" else (above, yes)
+            return {"true": "true", "false": asked}.get(other, f"({asked} || {other})")
+        sides = [f"({q} && {then})" for q, then in ((below, yes), (above, no)) if then != "false"]
         return f"({sides[0]} || {sides[1]})" if len(sides) == 2 else "".join(sides) or "false"
 
 
