@@ -62,15 +62,19 @@ def layers(seed: int) -> Iterator[ConvCase]:
             yield case
 
 
-def able(case: ConvCase) -> list[str]:
-    """Return the algorithms that can compute a layer, ATen's first."""
-    x = torch.empty(1, *case.input_shape[1:])
-    weight = torch.empty(case.weight_shape)
+def able(case: ConvCase, backward: bool) -> list[str]:
+    """Return the algorithms that can compute a layer or its gradients, ATen's first."""
+    ops = torch.ops.torchweld
+    x, weight = torch.zeros(1, *case.input_shape[1:]), torch.zeros(case.weight_shape)
+    y = torch.zeros(1, *case.output_shape[1:])
     conv = ([case.stride] * 2, [case.padding] * 2, [case.dilation] * 2, case.groups)
     found = ["aten"]
     for name in ALGORITHMS[1:]:
         try:
-            torch.ops.torchweld._conv_forward(x, weight, None, None, *conv, 0.0, 1.0, name, False)
+            if backward:
+                ops._conv_backward(y, x, weight, *conv, name, True, True)
+            else:
+                ops._conv_forward(x, weight, None, None, *conv, 0.0, 1.0, name, False)
         except RuntimeError as error:
             if "algorithm: expected" not in str(error):
                 raise
@@ -104,9 +108,12 @@ def measure(case: ConvCase, rounds: int) -> dict[str, dict[str, float]]:
     """Return milliseconds by pass and algorithm."""
     torch.manual_seed(0)
     contenders: dict[str, list[Contender]] = {name: [] for name in PASSES}
-    for algorithm in able(case):
+    names = {name: able(case, name == "backward") for name in PASSES}
+    for algorithm in ALGORITHMS:
         tw.config.convolution = algorithm
         for name, run in runs(case).items():
+            if algorithm not in names[name]:
+                continue
 
             def forced(run=run, algorithm=algorithm) -> object:
                 tw.config.convolution = algorithm
