@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks import cases, inference
 from benchmarks.harness import Contender, Job, Setup
 from benchmarks.inference import LAYOUTS
+from benchmarks.kept import kept_bytes
 from benchmarks.machine import Cost
 from benchmarks.records import OURS, PEER, STOCK
 
@@ -47,9 +48,16 @@ def training(case: cases.ModelCase, compiled: bool) -> Setup:
         memory_format = LAYOUTS[layout]
         own = copy.deepcopy(model).to(memory_format=memory_format)
         step = Step(own, adapt(own), adamw(own.parameters(), lr=LR))
-        run = partial(step, x.contiguous(memory_format=memory_format), target)
+        laid = x.contiguous(memory_format=memory_format)
+        run = partial(step, laid, target)
         check = partial(step.results, run)
-        return Contender(f"{name} {layout}", run, TRAINING, kind, check)
+        # On a copy, since a forward moves the running statistics.
+        saved = (
+            None
+            if name == "torch.compile"
+            else kept_bytes(partial(adapt(copy.deepcopy(own)), laid))
+        )
+        return Contender(f"{name} {layout}", run, TRAINING, kind, check, saved)
 
     fused = partial(torch.optim.AdamW, fused=True)
     contenders = []

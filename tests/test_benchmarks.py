@@ -183,10 +183,15 @@ def test_states_of_malloc_are_cases_of_their_own(rows):
 
 def test_figures_are_drawn(rows, tmp_path):
     pytest.importorskip("matplotlib")
+    rows = [row | {"saved_mb": ""} for row in rows]
     fresh = [row | {"malloc": "fresh", "floor_pct": ""} for row in rows]
     other = [row | {"op": "another op"} for row in rows]
     paths = plots.draw([*rows, *other, *fresh], tmp_path / "figures")
     assert [path.name for path in paths] == ["another_op.png", "op.png"]
+    assert not (tmp_path / "figures/memory.png").exists()
+    counted = [row | {"saved_mb": 2.0} for row in rows]
+    paths += plots.draw(counted, tmp_path / "figures")
+    assert [path.name for path in paths[2:]] == ["op.png", "memory.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
@@ -303,6 +308,15 @@ def test_contenders_of_a_model_agree():
         for one in setup.contenders:
             harness.check(one, setup.reference)
         assert {STOCK, OURS} == {one.kind for one in setup.contenders}
+
+
+def test_bytes_kept_for_backward_are_counted():
+    setup = bench_models.training(dataclasses.replace(cases.MNIST, batch=4), compiled=False)
+    stock, ours, *_ = setup.contenders
+    # Outputs of convolution, activation and pooling, and the pooling's indices, by themselves.
+    values = 4 * (16 * 28**2 + 32 * 14**2 + 64 * 7**2)
+    assert stock.saved_bytes > 2 * 4 * values
+    assert ours.saved_bytes == pytest.approx(stock.saved_bytes, rel=0.01)
 
 
 def test_costs_of_a_model_are_those_of_its_layers():
