@@ -29,7 +29,10 @@ FEATURES = {
     "s.out_width": lambda s: _out(s),
     "s.pixels()": lambda s: s["batch"] * _out(s) ** 2,
     "threads": lambda s: s["threads"],
+    "lanes": lambda s: s["lanes"],
 }
+# Floats to a register of each instruction set.
+LANES = {"scalar": 1, "avx2": 8, "avx512": 16, "avx512_vnni": 16}
 THRESHOLDS = sorted(step << power for step in (2, 3) for power in range(24))
 DEPTH, SMALLEST = 3, 8  # questions to an answer, layers behind an answer
 BEAM = 4  # first questions followed up, as the best alone may be worth little by itself
@@ -90,6 +93,7 @@ def read(paths: Iterable[Path]) -> dict[str, list[Sample]]:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 shape = {name: int(row[name]) for name in (*SHAPE, "threads")}
+                shape["lanes"] = LANES[row["capability"]]
                 features = {name: of(shape) for name, of in FEATURES.items()}
                 times = {a: float(row[a]) for a in ALGORITHMS if row[a]}
                 samples[row["pass"]].append(Sample(features, times))
@@ -172,7 +176,7 @@ def header(rule: dict[str, dict[str, Tree]]) -> str:
     """Return the rule as C++."""
     lines = [
         "// Where an algorithm of ours is expected to beat ATen's, and Winograd to beat dense too.",
-        "// Written by benchmarks/fit_rule.py from measurements.",
+        "// `lanes` are the floats of a register. Written by benchmarks/fit_rule.py.",
         "#pragma once",
         "",
         '#include "ops/cpu/convolution.h"',
@@ -185,7 +189,7 @@ def header(rule: dict[str, dict[str, Tree]]) -> str:
         for algorithm, tree in trees.items():
             lines += [
                 f"inline bool {algorithm}_{name}([[maybe_unused]] const ConvolutionShape& s,",
-                "    [[maybe_unused]] int64_t threads) {",
+                "    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {",
                 f"  return {tree};",
                 "}",
             ]

@@ -30,8 +30,8 @@ def evaluate(tree, features):
     expression = str(tree).replace("&&", " and ").replace("||", " or ")
     expression = expression.replace("s.pixels()", "s.pixels")
     fields = {name.removeprefix("s.").removesuffix("()"): v for name, v in features.items()}
-    names = {"s": types.SimpleNamespace(**fields), "threads": fields["threads"]}
-    return eval(expression, names | {"true": True, "false": False})
+    names = fields | {"s": types.SimpleNamespace(**fields), "true": True, "false": False}
+    return eval(expression, names)
 
 
 def test_tree_finds_thresholds_and_says_the_same_in_cpp():
@@ -110,5 +110,6 @@ def test_sweep_writes_what_the_fit_reads(tmp_path, monkeypatch):
             "s.channels": 8, "s.out_channels": 24, "s.kernel_width": 3, "s.stride_width": 2,
             "s.dilation_width": 1, "s.out_width": 5, "s.pixels()": 25,
             "threads": torch.get_num_threads(),
+            "lanes": fit_rule.LANES[sweep.tw.info()["cpu capability"]],
         }  # fmt: skip
         assert one.times["aten"] > 0
