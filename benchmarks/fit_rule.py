@@ -31,8 +31,6 @@ FEATURES = {
     "threads": lambda s: s["threads"],
     "lanes": lambda s: s["lanes"],
 }
-# Floats to a register of each instruction set.
-LANES = {"scalar": 1, "avx2": 8, "avx512": 16, "avx512_vnni": 16}
 THRESHOLDS = sorted(step << power for step in (2, 3) for power in range(24))
 DEPTH, SMALLEST = 3, 8  # questions to an answer, layers behind an answer
 BEAM = 4  # first questions followed up, as the best alone may be worth little by itself
@@ -86,6 +84,11 @@ def _out(shape: dict[str, int]) -> int:
     return (shape["size"] - 1) // shape["stride"] + 1  # padded to keep its size
 
 
+def _lanes(capability: str) -> int:
+    """Return the floats of a register."""
+    return 16 if capability.startswith("avx512") else 8 if capability == "avx2" else 1
+
+
 def read(paths: Iterable[Path]) -> dict[str, list[Sample]]:
     """Return the samples of each pass."""
     samples: dict[str, list[Sample]] = {name: [] for name in PASSES}
@@ -93,7 +96,7 @@ def read(paths: Iterable[Path]) -> dict[str, list[Sample]]:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 shape = {name: int(row[name]) for name in (*SHAPE, "threads")}
-                shape["lanes"] = LANES[row["capability"]]
+                shape["lanes"] = _lanes(row["capability"])
                 features = {name: of(shape) for name, of in FEATURES.items()}
                 times = {a: float(row[a]) for a in ALGORITHMS if row[a]}
                 samples[row["pass"]].append(Sample(features, times))
