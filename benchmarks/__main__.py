@@ -70,7 +70,8 @@ def parse() -> argparse.Namespace:
         type=float,
         default=6.0,
         metavar="S",
-        help="end a case after this long, but not before 3 rounds (default: %(default)g)",
+        help=f"end a case after this long, but not before {harness.FEWEST_ROUNDS} rounds "
+        "(default: %(default)g)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)"
