@@ -66,6 +66,9 @@ def training(case: cases.ModelCase, compiled: bool) -> Setup:
         if compiled:
             contenders.append(contender("torch.compile", layout, torch.compile, fused))
         contenders.append(contender("torchweld", layout, tw.weld, tw.optim.AdamW, OURS))
+    for name, how in (("memory saving", True), ("recompute", "recompute")):
+        weld = partial(tw.weld, memory_saving=how)
+        contenders.append(contender(f"torchweld, {name}", "NHWC", weld, tw.optim.AdamW, OURS))
     exact = copy.deepcopy(model).double()
     step = Step(exact, exact, torch.optim.AdamW(exact.parameters(), lr=LR))
     expected = step.results(partial(step, x.double(), target))
