@@ -1,6 +1,7 @@
 # Each target is one line of a real command; `make help` lists them.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+RECORD := build/benchmarks/$(shell date +%Y-%m-%dT%H-%M)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -20,8 +21,11 @@ test: setup app  ## all tests: pytest, then ctest of the kernels under sanitizer
 	cmake --build --preset asan
 	ctest --preset asan
 
-bench: setup  ## compare the operators with stock PyTorch
-	python -m benchmarks
+bench: setup  ## compare with stock PyTorch and other engines, about an hour; figures too
+	pip install --quiet --group peers
+	python -m benchmarks --compile --output $(RECORD)
+	python -m benchmarks conv_bn_relu models --malloc fresh --output $(RECORD)
+	python -m benchmarks.report $(RECORD)/*.csv --plot $(RECORD)/figures
 
 app: build/app/weld  ## the C++ program, at build/app/weld
 

@@ -14,14 +14,20 @@ from tqdm import tqdm
 from benchmarks import (
     bench_adamw,
     bench_conv_bn_relu,
+    bench_models,
     bench_quantized_linear,
     harness,
+    inference,
+    malloc,
+    plots,
     report,
 )
 from benchmarks.machine import Machine
+from benchmarks.records import Row, Writer
 
 FAMILIES = {
     "conv_bn_relu": bench_conv_bn_relu,
+    "models": bench_models,
     "adamw": bench_adamw,
     "quantized_linear": bench_quantized_linear,
 }
@@ -30,15 +36,15 @@ FAMILIES = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Compare torchweld with stock PyTorch on this machine. Every contender is "
+        description="Compare torchweld with stock PyTorch, and for inference with onnxruntime and "
+        "OpenVINO (pip install --group peers), on this machine. Every contender is "
         "checked against a float64 reference before it is timed; then all take turns, round after "
         "round, and medians are compared.",
-        epilog="columns: ms, p25, p75: median and quartiles of the rounds; x stock: speed over the "
-        "fastest stock contender (above 1 is faster); floor: share of the speed that measured "
+        epilog="columns: ms, p25, p75: median and quartiles of the rounds; x rival: speed over the "
+        "fastest rival (above 1 is faster); floor: share of the speed that measured "
         "bandwidth and arithmetic allow, empty where neither bounds it; dB: signal to "
-        "noise of the checked result. Read ratios, not milliseconds, on a machine that is shared. "
-        "malloc is left as it is; set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 to "
-        "see both sides without page faults (benchmarks/README.md).",
+        "noise of the checked result; saved MB: what forward keeps for backward. "
+        "Read ratios, not milliseconds, on a machine that is shared.",
     )
     parser.add_argument(
         "families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)} (default: all)"
@@ -54,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile joins the convolutions (minutes of compiling)",
+        help="torch.compile joins convolutions and models (many minutes of compiling)",
     )
     parser.add_argument(
         "--rounds", type=int, metavar="N", help="rounds of each case (default: 15; --quick: 3)"
@@ -64,17 +70,25 @@ def parse() -> argparse.Namespace:
         type=float,
         default=6.0,
         metavar="S",
-        help="end a case after this long, but not before 3 rounds (default: %(default)g)",
+        help=f"end a case after this long, but not before {harness.FEWEST_ROUNDS} rounds "
+        "(default: %(default)g)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)"
+    )
+    parser.add_argument(
+        "--malloc",
+        choices=malloc.STATES,
+        default="kept",
+        help="state of the C library's memory: kept, so that large tensors reuse pages; fresh, so "
+        "that each touches new ones; another library; or glibc's own ways (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("build/benchmarks"),
         metavar="DIR",
-        help="where <date>-<cpu>.csv goes (default: %(default)s)",
+        help="where <date>-<cpu>-<malloc>.csv and figures go (default: %(default)s)",
     )
     options = parser.parse_args()
     unknown = [name for name in options.families if name not in FAMILIES]
@@ -84,6 +98,10 @@ def parse() -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
+    try:
+        malloc.enter(options.malloc)
+    except FileNotFoundError as missing:
+        parser.error(f"--malloc {options.malloc}: {missing}")
     return options
 
 
@@ -91,7 +109,7 @@ def create(machine: Machine, options: argparse.Namespace) -> Path:
     """Make a new file; what was measured before stays."""
     options.output.mkdir(parents=True, exist_ok=True)
     cpu = re.sub(r"[^a-z0-9]+", "-", machine.cpu_model.lower()).strip("-")
-    stem = f"{machine.date[:10]}-{cpu}{'-quick' if options.quick else ''}"
+    stem = f"{machine.date[:10]}-{cpu}-{options.malloc}{'-quick' if options.quick else ''}"
     number = 1
     while True:
         path = options.output / f"{stem}{f'-{number}' if number > 1 else ''}.csv"
@@ -118,14 +136,19 @@ def main() -> int:
     machine = Machine.probe()
     if machine.load > 0.5 * (os.cpu_count() or 1):
         print(f"note: this machine is busy (load {machine.load:.1f}), trust no number")
-    print(machine, end="\n\n")
+    print(machine)
+    for peer in inference.missing():
+        print(f"{peer} is not installed and left out (pip install --group peers)")
+    print()
     path = create(machine, options)
     rounds = options.rounds or (3 if options.quick else 15)
-    everything: list[harness.Row] = []
+    everything: list[Row] = []
     with path.open("w", newline="") as file, tqdm(total=len(jobs), unit="case") as bar:
-        writer = harness.Writer(file)
+        writer = Writer(file)
         for job in jobs:
             bar.set_description(f"{job.op}, {job.case}")
+            if options.compile:
+                torch.compiler.reset()  # else the tenth nn.Sequential would run uncompiled
             rows = harness.record(
                 job,
                 machine,
@@ -139,6 +162,10 @@ def main() -> int:
             bar.update()
     print(report.summary(everything), end="\n\n")
     print(f"written to {path}")
+    try:
+        print(*plots.draw(everything, path.with_suffix("")), sep="\n")
+    except ModuleNotFoundError as missing:
+        print(f"no figures: {missing}")
     return 0
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks import cases
-from benchmarks.harness import OURS, STOCK, Contender, Job, Setup
+from benchmarks.harness import Contender, Job, Setup
 from benchmarks.machine import Cost
+from benchmarks.records import OURS, STOCK
 from tests.reference import adamw as reference
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -95,7 +96,7 @@ def step(case: cases.AdamWCase) -> Setup:
     ours = tw.optim.AdamW(training.params, **HYPER)
     contenders.append(training.contender("torchweld", ours.step, OURS))
     # Read p, g, m, v; write p, m, v.
-    return Setup(contenders, training.expected(), Cost(7 * 4 * case.size))
+    return Setup(contenders, training.expected(), [Cost(7 * 4 * case.size)])
 
 
 def clipped_step(case: cases.AdamWCase) -> Setup:
@@ -115,4 +116,4 @@ def clipped_step(case: cases.AdamWCase) -> Setup:
         training.contender("torchweld max_grad_norm", ours.step, OURS),
     ]
     # As above, and the gradients once more for their norm.
-    return Setup(contenders, training.expected(MAX_NORM), Cost(8 * 4 * case.size))
+    return Setup(contenders, training.expected(MAX_NORM), [Cost(8 * 4 * case.size)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,21 +13,22 @@ import torchweld as tw
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from benchmarks import cases
-from benchmarks.harness import OURS, STOCK, Contender, Job, Setup
+from benchmarks import cases, inference
+from benchmarks.harness import Contender, Job, Setup
+from benchmarks.inference import LAYOUTS
 from benchmarks.machine import Cost
+from benchmarks.records import OURS
 from tests.reference import conv_bn_relu as reference
 
 # Three sums of thousands of float32 products each; a wrong formula errs a thousand times more.
 TOLERANCE = 2e-5
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 def jobs(quick: bool, compiled: bool) -> Iterator[Job]:
     for case in cases.CONV_QUICK if quick else cases.CONV:
         yield Job("conv_bn_relu training", case.name, partial(training, case, compiled))
     for case in cases.CONV_QUICK if quick else cases.CONV:
-        yield Job("conv_bn_relu inference", case.name, partial(inference, case, compiled))
+        yield Job("conv_bn_relu inference", case.name, partial(folded, case, compiled))
 
 
 def problem(case: cases.ConvCase, frozen: bool) -> reference.Problem:
@@ -43,7 +43,7 @@ def problem(case: cases.ConvCase, frozen: bool) -> reference.Problem:
         running_mean=torch.randn(c) / 10,
         running_var=torch.rand(c) + 0.5,
         residual=None,
-        conv=(case.stride, case.padding, 1, case.groups),
+        conv=(case.stride, case.padding, case.dilation, case.groups),
         frozen=frozen,
     )
 
@@ -103,47 +103,24 @@ def training(case: cases.ConvCase, compiled: bool) -> Setup:
         contenders.append(
             Contender(f"torchweld {name}", step(fused, conv, bn, layout), TOLERANCE, OURS)
         )
-    x, w, y = sizes(case)
-    # Forward: read x, w; write the convolution's output and y. Backward: read x, w, the
-    # convolution's output and the gradient of y; write the gradients of x and w.
-    cost = Cost(4 * (3 * x + 3 * w + 4 * y), 3 * case.operations)
-    return Setup(contenders, expected, cost)
+    return Setup(contenders, expected, [Cost.layer(*sizes(case), case.operations, training=True)])
 
 
-def inference(case: cases.ConvCase, compiled: bool) -> Setup:
+def folded(case: cases.ConvCase, compiled: bool) -> Setup:
     p = problem(case, frozen=True)
     expected = [reference.stock(p.to(torch.float64))]
 
-    def forward(layer: Callable[[Tensor], Tensor], x: Tensor):
-        @torch.no_grad()
-        def run() -> Sequence[Tensor]:
-            return (layer(x),)
+    def fold(layer: nn.Sequential) -> nn.Module:
+        return nn.Sequential(fuse_conv_bn_eval(layer[0], layer[1]), nn.ReLU(inplace=True)).eval()
 
-        return run
+    def weld(layer: nn.Sequential) -> nn.Module:
+        return tw.nn.ConvReLU2d.from_float(layer[0], layer[1])
 
-    contenders = []
-    for name, layout in LAYOUTS.items():
-        x = p.input.contiguous(memory_format=layout)
-        stock = stock_layer(p).to(memory_format=layout)
-        folded = nn.Sequential(fuse_conv_bn_eval(stock[0], stock[1]), nn.ReLU(inplace=True))
-        layers: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-            "eager": (STOCK, stock),
-            "folded": (STOCK, folded.eval().to(memory_format=layout)),
-            "TorchScript optimized": (STOCK, scripted(stock, x)),
-        }
-        if compiled:
-            layers["torch.compile"] = STOCK, torch.compile(stock)
-        layers["torchweld"] = OURS, tw.nn.ConvReLU2d.from_float(stock[0], stock[1])
-        for label, (kind, layer) in layers.items():
-            run = forward(layer, x)
-            contenders.append(Contender(f"{label} {name}", run, TOLERANCE, kind))
-    return Setup(contenders, expected, Cost(4 * sum(sizes(case)), case.operations))
-
-
-def scripted(layer: nn.Module, x: Tensor) -> torch.jit.ScriptModule:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and still a rival
-        return torch.jit.optimize_for_inference(torch.jit.trace(layer, x))
+    layer = stock_layer(p)
+    contenders = inference.contenders(
+        layer, p.input, TOLERANCE, fold=fold, weld=weld, compiled=compiled
+    )
+    return Setup(contenders, expected, [Cost.layer(*sizes(case), case.operations)])
 
 
 def sizes(case: cases.ConvCase) -> tuple[int, int, int]:

@@ -13,8 +13,9 @@ import torchweld as tw
 from torch import Tensor, nn
 
 from benchmarks import cases
-from benchmarks.harness import OURS, Contender, Job, Setup, check
+from benchmarks.harness import Contender, Job, Setup, check
 from benchmarks.machine import Cost
+from benchmarks.records import OURS
 from tests.reference import quantized_linear as reference
 
 # Against the float layer in float64. torch.ao has one scale for the whole weight, and for the whole
@@ -57,7 +58,7 @@ def linear(case: cases.LinearCase) -> Setup:
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     # The weight as bytes, input and output as floats.
     traffic = case.n * case.k + 4 * case.m * (case.n + case.k)
-    return Setup(contenders, [exact], Cost(traffic, 2 * case.m * case.n * case.k, "int8"))
+    return Setup(contenders, [exact], [Cost(traffic, 2 * case.m * case.n * case.k, "int8")])
 
 
 def quantize_dynamic(layer: nn.Linear, engine: str) -> nn.Module:

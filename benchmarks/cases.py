@@ -1,10 +1,15 @@
-"""Shapes the benchmarks share: layers of the MNIST CNN, ResNet-50, MobileNetV2 and GPT-2."""
+"""What the benchmarks measure: layers and whole models, parameters of models, linear layers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from benchmarks import models
 
 Shape = tuple[int, ...]
 
@@ -21,11 +26,12 @@ class ConvCase:
     size: int
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
 
     @property
     def padding(self) -> int:
         """Rows of zeros on each side."""
-        return self.kernel // 2
+        return self.dilation * (self.kernel // 2)
 
     @property
     def input_shape(self) -> Shape:
@@ -40,13 +46,35 @@ class ConvCase:
     @property
     def output_shape(self) -> Shape:
         """``[N, C_out, H_out, W_out]``."""
-        size = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        covered = self.dilation * (self.kernel - 1) + 1
+        size = (self.size + 2 * self.padding - covered) // self.stride + 1
         return self.batch, self.out_channels, size, size
 
     @property
     def operations(self) -> int:
         """Multiplications and additions of one pass."""
         return 2 * math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model and square images for it."""
+
+    model: str
+    build: Callable[[], nn.Module]
+    batch: int
+    channels: int = 3
+    size: int = 224
+
+    @property
+    def name(self) -> str:
+        """Model and batch."""
+        return f"{self.model}, batch {self.batch}"
+
+    @property
+    def input_shape(self) -> Shape:
+        """``[N, C, H, W]``."""
+        return self.batch, self.channels, self.size, self.size
 
 
 @dataclass(frozen=True)
@@ -124,12 +152,41 @@ CONV = [
     ConvCase("r50 256->256 3x3 @14", 8, 256, 256, 3, 14),
     ConvCase("r50 1024->256 1x1 @14", 8, 1024, 256, 1, 14),
     ConvCase("mbv2 depthwise 144 3x3 @56", 8, 144, 144, 3, 56, groups=144),
+    # Above, the layers of the first comparison; below, what else there is in models and outside.
+    ConvCase("r50 128->128 3x3 @28", 8, 128, 128, 3, 28),
+    ConvCase("r50 512->512 3x3 @7", 8, 512, 512, 3, 7),
+    ConvCase("64->64 3x3 @56, batch 1", 1, 64, 64, 3, 56),
+    ConvCase("128->128 3x3 @28, batch 1", 1, 128, 128, 3, 28),
+    ConvCase("512->512 3x3 @7, batch 1", 1, 512, 512, 3, 7),
+    ConvCase("37->53 3x3 @28", 8, 37, 53, 3, 28),
+    ConvCase("r50 128->128 3x3/2 @56", 8, 128, 128, 3, 56, stride=2),
+    ConvCase("64->64 3x3 dilated 2 @28", 8, 64, 64, 3, 28, dilation=2),
+    ConvCase("32->64 5x5 @28", 8, 32, 64, 5, 28),
+    ConvCase("resnext 128 3x3 groups 32 @56", 8, 128, 128, 3, 56, groups=32),
+    ConvCase("r50 256->512 1x1/2 @56", 8, 256, 512, 1, 56, stride=2),
+    ConvCase("mbv2 24->144 1x1 @56", 8, 24, 144, 1, 56),
+    ConvCase("mbv2 144->24 1x1 @56", 8, 144, 24, 1, 56),
+    ConvCase("mbv2 depthwise 144 3x3/2 @56", 8, 144, 144, 3, 56, stride=2, groups=144),
+    ConvCase("effnet depthwise 240 5x5 @28", 8, 240, 240, 5, 28, groups=240),
 ]
 CONV_QUICK = [
     ConvCase("mnist 1->16 3x3 @28, batch 8", 8, 1, 16, 3, 28),
     ConvCase("64->64 3x3 @14, batch 1", 1, 64, 64, 3, 14),
     ConvCase("depthwise 32 3x3 @14, batch 1", 1, 32, 32, 3, 14, groups=32),
+    ConvCase("24->24 3x3 dilated 2 @14, batch 1", 1, 24, 24, 3, 14, dilation=2),
 ]
+
+# No dropout: the contenders are compared.
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "ResNet-18": models.resnet18,
+    "ResNet-50": models.resnet50,
+    "MobileNetV2": partial(models.MobileNetV2, dropout=0.0),
+}
+MNIST = ModelCase("MNIST CNN", models.mnist_cnn, 64, channels=1, size=28)
+TRAINING = [*(ModelCase(name, build, 8) for name, build in BUILDERS.items()), MNIST]
+INFERENCE = [ModelCase(name, build, n) for name, build in BUILDERS.items() for n in (1, 8)]
+TRAINING_QUICK = [ModelCase("ResNet-18", models.resnet18, 2, size=64), MNIST]
+INFERENCE_QUICK = [ModelCase("ResNet-18", models.resnet18, 1, size=64)]
 
 ADAMW = [
     AdamWCase("ResNet-50", resnet50_shapes()),

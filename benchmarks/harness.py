@@ -2,41 +2,30 @@
 
 A shared machine changes from second to second, so the contenders take turns, in a new order every
 round, and are compared by the medians of their rounds. A contender whose first result is wrong is
-not timed at all.
+not timed at all. Rivals are stock PyTorch and, where installed, its peers; what is reported is our
+speed over that of the fastest rival.
 """
 
 from __future__ import annotations
 
-import csv
 import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
 
 from torch import Tensor
 
 from benchmarks.machine import Cost, Machine
-
-Row = dict[str, str | float]
-
-STOCK, OURS = "stock", "torchweld"
-# The record is tidy: a row is one contender in one case, and stands by itself.
-TEXT = ("op", "case", "contender", "kind")
-NUMBERS = ("median_ms", "p25", "p75", "rounds", "ratio", "floor_pct", "error")
-MACHINE = (
-    "torch", "torchweld", "cpu_model", "capability", "threads", "malloc", "load",
-    "memory_gb_s", "float32_gflops", "int8_gops", "date",
-)  # fmt: skip
-COLUMNS = (*TEXT, *NUMBERS, *MACHINE)
+from benchmarks.records import OURS, STOCK, Row
 
 # Short work is repeated until a sample is long beside the clock and the first, cold call.
 SAMPLE_SECONDS = 2e-3
-FEWEST_ROUNDS = 3
+# Worker threads of the last contender's library spin this long in wait of more work.
+SETTLE_SECONDS = 5e-3
+FEWEST_ROUNDS = 5
 
 
 class WrongResultError(Exception):
@@ -50,26 +39,29 @@ class Contender:
     Attributes:
         name: shown and recorded.
         run: does the job once; this is timed.
-        tolerance: largest relative error allowed, in the 2-norm of each result.
-        kind: STOCK or OURS.
+        tolerance: largest relative error allowed, in the 2-norm of each result; one for all
+            results, or one for each.
+        kind: STOCK, PEER or OURS.
         check: does the job once from the state the reference started in and returns the results;
             None if ``run`` is that.
+        saved_bytes: what a forward pass keeps for backward, if that is of interest.
     """
 
     name: str
     run: Callable[[], Sequence[Tensor]]
-    tolerance: float
+    tolerance: float | Sequence[float]
     kind: str = STOCK
     check: Callable[[], Sequence[Tensor]] | None = None
+    saved_bytes: int | None = None
 
 
 @dataclass
 class Setup:
-    """A job ready to run: who does it, the results in float64, and what it must cost."""
+    """A job ready to run: who does it, the results in float64, and what its parts must cost."""
 
     contenders: list[Contender]
     reference: Sequence[Tensor]
-    cost: Cost | None = None
+    costs: Sequence[Cost] = ()
 
 
 @dataclass(frozen=True)
@@ -81,8 +73,8 @@ class Job:
     setup: Callable[[], Setup]
 
 
-def relative_error(results: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Return the largest relative error of any result, NaN and infinity if there is one.
+def relative_errors(results: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:
+    """Return the relative error of each result, NaN and infinity if there is one.
 
     Raises:
         WrongResultError: number or shapes of the results are not those of the reference.
@@ -95,25 +87,28 @@ def relative_error(results: Sequence[Tensor], reference: Sequence[Tensor]) -> fl
         exact = exact.detach().double()
         scale = exact.norm().item() or 1.0
         errors.append((actual.detach().double() - exact).norm().item() / scale)
-    return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+    return errors
 
 
 def check(contender: Contender, reference: Sequence[Tensor]) -> float:
-    """Run a contender once and return its error.
+    """Run a contender once and return its largest error.
 
     Raises:
-        WrongResultError: the error is above the contender's tolerance, or not a number.
+        WrongResultError: an error is above the contender's tolerance, or not a number.
     """
     try:
-        error = relative_error((contender.check or contender.run)(), reference)
+        errors = relative_errors((contender.check or contender.run)(), reference)
     except WrongResultError as wrong:
         raise WrongResultError(f"{contender.name}: {wrong}") from None
-    if not error <= contender.tolerance:
-        raise WrongResultError(
-            f"{contender.name}: expected an error of at most {contender.tolerance:g} against the "
-            f"reference, got {error:g}"
-        )
-    return error
+    tolerance = contender.tolerance
+    tolerances = [tolerance] * len(errors) if isinstance(tolerance, float) else tolerance
+    for error, most in zip(errors, tolerances, strict=True):
+        if not error <= most:
+            raise WrongResultError(
+                f"{contender.name}: expected an error of at most {most:g} against the "
+                f"reference, got {error:g}"
+            )
+    return max(errors, default=0.0)
 
 
 def sample(run: Callable[[], object], calls: int) -> float:
@@ -148,6 +143,7 @@ def interleave(
         for number in range(1, rounds + 1):
             shuffle(order)
             for contender in order:
+                time.sleep(SETTLE_SECONDS)
                 samples[contender.name].append(sample(contender.run, calls[contender.name]))
             tick(number)
     finally:
@@ -179,10 +175,12 @@ def measure(
     errors = {c.name: check(c, setup.reference) for c in setup.contenders}
     calls, a_round = {}, 0.0
     for contender in setup.contenders:
-        estimate = min(sample(contender.run, 1) for _ in range(3)) / 1e3
+        estimate = sample(contender.run, 1) / 1e3
+        if estimate < 0.1:  # the first call after the check may still be a slow one
+            estimate = min(estimate, *(sample(contender.run, 1) / 1e3 for _ in range(2)))
         calls[contender.name] = max(1, round(SAMPLE_SECONDS / estimate))
         a_round += calls[contender.name] * estimate
-    rounds = max(FEWEST_ROUNDS, min(rounds, int(seconds / a_round)))
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(seconds / a_round)))
     return errors, interleave(setup.contenders, rounds, calls, tick)
 
 
@@ -193,16 +191,14 @@ def rows(
     samples: Mapping[str, Sequence[float]],
     machine: Machine,
 ) -> list[Row]:
-    """Return the record of a job: medians, quartiles, ratios to the best stock contender."""
+    """Return the record of a job: medians, quartiles, ratios to the fastest rival."""
     medians = {name: statistics.median(times) for name, times in samples.items()}
-    best_stock = min(
-        (medians[c.name] for c in setup.contenders if c.kind == STOCK), default=math.nan
-    )
-    floor = machine.floor_ms(setup.cost) if setup.cost else None
+    rival = min((medians[c.name] for c in setup.contenders if c.kind != OURS), default=math.nan)
+    floor = machine.floor_ms(setup.costs)
     result: list[Row] = []
     for contender in setup.contenders:
         times, median = samples[contender.name], medians[contender.name]
-        p25, p75 = median, median
+        p25, p75, saved = median, median, contender.saved_bytes
         if len(times) > 1:
             p25, _, p75 = statistics.quantiles(times, n=4, method="inclusive")
         result.append(
@@ -215,9 +211,10 @@ def rows(
                 "p25": round(p25, 5),
                 "p75": round(p75, 5),
                 "rounds": len(times),
-                "ratio": round(best_stock / median, 4),
+                "ratio": round(rival / median, 4),
                 "floor_pct": "" if floor is None else round(100 * floor / median, 2),
                 "error": float(f"{errors[contender.name]:.3g}"),
+                "saved_mb": "" if saved is None else round(saved / 1e6, 3),
                 "torch": machine.torch,
                 "torchweld": machine.torchweld,
                 "cpu_model": machine.cpu_model,
@@ -227,6 +224,7 @@ def rows(
                 "load": round(machine.load, 2),
                 "memory_gb_s": round(machine.memory_gb_s, 2),
                 "float32_gflops": round(machine.peak["float32"], 1),
+                "bfloat16_gflops": round(machine.peak["bfloat16"], 1),
                 "int8_gops": round(machine.peak["int8"], 1),
                 "date": machine.date,
             }
@@ -248,26 +246,3 @@ def record(
         return rows(job, setup, *measure(setup, rounds=rounds, seconds=seconds, tick=tick), machine)
     except WrongResultError as wrong:
         raise WrongResultError(f"{job.op}, {job.case}: {wrong}") from None
-
-
-class Writer:
-    """Appends rows to a new CSV file, so that an interrupted run keeps what it has measured."""
-
-    def __init__(self, file: IO[str]):
-        self._file = file
-        self._csv = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        self._csv.writeheader()
-
-    def write(self, rows: Iterable[Row]) -> None:
-        """Append and flush."""
-        self._csv.writerows(rows)
-        self._file.flush()
-
-
-def read(path: Path) -> list[Row]:
-    """Return the rows of a CSV file, numbers as numbers."""
-    with path.open(newline="") as file:
-        return [
-            {k: float(v) if k in NUMBERS and v != "" else v for k, v in row.items()}
-            for row in csv.DictReader(file)
-        ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchweld as tw
+
+from benchmarks import malloc
+
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,31 @@ class Cost:
             it, in both directions.
         operations: multiplications and additions of the direct algorithm (one that needs fewer,
             as Winograd's, may pass 100 % of the floor).
-        unit: what does them, ``"float32"`` or ``"int8"``.
+        unit: what does them, ``"float32"``, ``"bfloat16"`` or ``"int8"``.
     """
 
     bytes: int
     operations: int = 0
     unit: str = "float32"
+
+    @classmethod
+    def layer(
+        cls,
+        x: int,
+        w: int,
+        y: int,
+        operations: int,
+        *,
+        training: bool = False,
+        unit: str = "float32",
+    ) -> Cost:
+        """Return that of conv-bn-act or linear with so many elements of input, weight and output.
+
+        Forward: read x, w; write y, and in training the convolution's output too. Backward: read
+        x, w, the convolution's output and the gradient of y; write the gradients of x and w.
+        """
+        elements, passes = (3 * x + 3 * w + 4 * y, 3) if training else (x + w + y, 1)
+        return cls(_BYTES[unit] * elements, passes * operations, unit)
 
 
 @dataclass(frozen=True)
@@ -39,7 +62,7 @@ class Machine:
     Attributes:
         cpu_model: name, family and model of the CPU, which virtual machines do not always name.
         capability: instruction set torchweld uses.
-        malloc: what changes the state of malloc: glibc's environment variables and LD_PRELOAD.
+        malloc: the state of malloc, see :mod:`benchmarks.malloc`.
         load: processes that wanted a core in the minute before, without ours.
         cache_bytes: last-level cache; data below twice its size have no memory floor.
         memory_gb_s: bandwidth, reads and writes counted: the better of a copy and a sum in place.
@@ -69,26 +92,29 @@ class Machine:
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             torchweld=facts["torchweld"],
-            malloc=_malloc(),
+            malloc=malloc.describe(),
             load=os.getloadavg()[0],
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             cache_bytes=_cache_bytes(),
             memory_gb_s=_memory_gb_s(),
-            peak={"float32": _float32_peak(), "int8": _int8_peak()},
+            peak={"float32": _float32_peak(), "bfloat16": _bfloat16_peak(), "int8": _int8_peak()},
         )
 
-    def floor_ms(self, cost: Cost) -> float | None:
-        """Return the time no implementation goes below, None where nothing bounds it."""
-        memory = cost.bytes / self.memory_gb_s if cost.bytes > 2 * self.cache_bytes else 0.0
-        arithmetic = cost.operations / self.peak[cost.unit]
-        return max(memory, arithmetic) / 1e6 or None
+    def floor_ms(self, costs: Iterable[Cost]) -> float | None:
+        """Return the time of these parts in turn at the limit, None where nothing limits them."""
+        total = 0.0
+        for cost in costs:
+            memory = cost.bytes / self.memory_gb_s if cost.bytes > 2 * self.cache_bytes else 0.0
+            total += max(memory, cost.operations / self.peak[cost.unit])
+        return total / 1e6 or None
 
     def __str__(self) -> str:
+        peak = {unit: f"{unit} {value:.0f}" for unit, value in self.peak.items()}
         return (
             f"{self.cpu_model}, {self.capability}, {self.threads} threads, "
             f"torch {self.torch}, torchweld {self.torchweld}, malloc {self.malloc}\n"
             f"measured: memory {self.memory_gb_s:.1f} GB/s, "
-            f"float32 {self.peak['float32']:.0f} GFLOP/s, int8 {self.peak['int8']:.0f} Gop/s"
+            f"{peak['float32']}, {peak['bfloat16']} GFLOP/s, {peak['int8']} Gop/s"
         )
 
 
@@ -109,14 +135,6 @@ def _cache_bytes() -> int:
     units = {"K": 2**10, "M": 2**20}
     texts = [path.read_text().strip() for path in sizes]
     return max((int(t[:-1]) * units[t[-1]] for t in texts if t[-1] in units), default=32 * 2**20)
-
-
-def _malloc() -> str:
-    names = [n for n in os.environ if n.startswith("MALLOC_") or n == "GLIBC_TUNABLES"]
-    settings = [f"{n}={os.environ[n]}" for n in sorted(names)]
-    # File names only: where a library lies says nothing to a reader elsewhere.
-    settings += [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p]
-    return " ".join(settings) or "default"
 
 
 def _best_seconds(run: Callable[[], object]) -> float:
@@ -147,6 +165,12 @@ def _float32_peak() -> float:
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     operations = 2 * w.numel() * 8 * 14 * 14
     return max(product, operations / _best_seconds(lambda: F.conv2d(x, w, padding=1))) / 1e9
+
+
+def _bfloat16_peak() -> float:
+    n = 2048
+    a, b = torch.randn(2, n, n, dtype=torch.bfloat16)
+    return 2 * n**3 / _best_seconds(lambda: torch.mm(a, b)) / 1e9
 
 
 def _int8_peak() -> float:

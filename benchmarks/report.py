@@ -1,4 +1,4 @@
-"""Tables and plots of what the benchmarks recorded."""
+"""Tables of what the benchmarks recorded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.harness import OURS, STOCK, Row, read
+from benchmarks import plots
+from benchmarks.records import Row, by_case, fastest, geometric_mean, read
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -28,9 +29,10 @@ def case(record: Sequence[Row]) -> str:
         "ms",
         "p25",
         "p75",
-        "x stock",
+        "x rival",
         "floor",
         "dB",
+        "saved MB",
     )
     lines = [
         (
@@ -39,6 +41,7 @@ def case(record: Sequence[Row]) -> str:
             _ratio(row),
             _percent(row["floor_pct"]),
             _decibels(row["error"]),
+            f"{row['saved_mb']}",
         )
         for row in sorted(record, key=lambda row: row["median_ms"])
     ]
@@ -46,78 +49,30 @@ def case(record: Sequence[Row]) -> str:
 
 
 def summary(records: Iterable[Row]) -> str:
-    """Return torchweld's fastest against the fastest stock contender, a line for each case."""
-    header = ("case", "best stock", "ms", "torchweld", "x stock", "floor")
+    """Return torchweld's fastest against the fastest rival, a line for each case."""
+    header = ("case", "fastest rival", "ms", "torchweld", "x rival", "floor")
     parts = []
     for op, cases in groupby(by_case(records), key=lambda record: record[0]["op"]):
         lines, ratios = [], []
         for record in cases:
-            stock, ours = (_best(record, kind) for kind in (STOCK, OURS))
-            if stock is None or ours is None:
+            rival, ours = fastest(record)
+            if rival is None or ours is None:
                 continue
             ratios.append(ours["ratio"])
             lines.append(
                 (
                     str(ours["case"]),
-                    str(stock["contender"]),
-                    _milliseconds(stock["median_ms"]),
+                    str(rival["contender"]),
+                    _milliseconds(rival["median_ms"]),
                     _milliseconds(ours["median_ms"]),
                     _ratio(ours),
                     _percent(ours["floor_pct"]),
                 )
             )
         if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            lines.append(("geometric mean", "", "", "", f"{mean:.2f}", ""))
+            lines.append(("geometric mean", "", "", "", f"{geometric_mean(ratios):.2f}", ""))
             parts.append(f"{op}\n{table(header, lines)}")
     return "\n\n".join(parts)
-
-
-def by_case(records: Iterable[Row]) -> list[list[Row]]:
-    """Return the rows of each case together, in the order they came in."""
-    groups: dict[tuple[object, object], list[Row]] = {}
-    for row in records:
-        groups.setdefault((row["op"], row["case"]), []).append(row)
-    return list(groups.values())
-
-
-def plot(records: Iterable[Row], directory: Path) -> list[Path]:
-    """Draw speed over the best stock contender, a figure for each operator.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    paths = []
-    for op, cases in groupby(by_case(records), key=lambda record: record[0]["op"]):
-        found = [r for r in (_best(record, OURS) for record in cases) if r is not None]
-        figure = Figure(figsize=(7, 1.2 + 0.35 * len(found)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        ratios = [r["ratio"] for r in found]
-        bars = axes.barh([str(r["case"]) for r in found], ratios, color="tab:blue")
-        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3)
-        axes.axvline(1, color="black", linewidth=1)
-        axes.invert_yaxis()
-        axes.margins(x=0.12)
-        axes.set_title(op)
-        first = found[0]
-        axes.set_xlabel(
-            f"speed, best stock contender = 1\n{first['cpu_model']}, {first['threads']} threads, "
-            f"torch {first['torch']}",
-            fontsize=8,
-        )
-        directory.mkdir(parents=True, exist_ok=True)
-        paths.append(directory / f"{str(op).replace(' ', '_')}.png")
-        figure.savefig(paths[-1], dpi=150)
-    return paths
-
-
-def _best(record: Sequence[Row], kind: str) -> Row | None:
-    rows = [row for row in record if row["kind"] == kind]
-    return min(rows, key=lambda row: row["median_ms"], default=None)
 
 
 def _milliseconds(value: str | float) -> str:
@@ -148,17 +103,22 @@ def main() -> None:
         "--cases", action="store_true", help="every contender of every case, not the summary alone"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="DIR", help="also draw a PNG per operator (needs matplotlib)"
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="also draw a figure per operator, of all files together (needs matplotlib)",
     )
     options = parser.parse_args()
+    everything: list[Row] = []
     for path in options.files:
         records = read(path)
+        everything += records
         print(path, end="\n\n")
         if options.cases:
             print(*map(case, by_case(records)), sep="\n\n", end="\n\n")
         print(summary(records), end="\n\n")
-        if options.plot:
-            print(*plot(records, options.plot / path.stem), sep="\n")
+    if options.plot:
+        print(*plots.draw(everything, options.plot), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,32 @@ import dataclasses
 import io
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from benchmarks import cases, harness, report
-from benchmarks.harness import OURS, STOCK, Contender, Job, Setup, WrongResultError
+from benchmarks import (
+    bench_conv_bn_relu,
+    bench_models,
+    cases,
+    harness,
+    inference,
+    malloc,
+    plots,
+    records,
+    report,
+)
+from benchmarks.harness import Contender, Job, Setup, WrongResultError
 from benchmarks.machine import Cost, Machine
+from benchmarks.records import OURS, PEER, STOCK
 
 MACHINE = Machine(
     cpu_model="a CPU", capability="scalar", threads=2, torch="2.0", torchweld="1.0",
     malloc="default", load=0.5, date="2026-01-01", cache_bytes=1000, memory_gb_s=10.0,
-    peak={"float32": 100.0, "int8": 400.0},
+    peak={"float32": 100.0, "bfloat16": 200.0, "int8": 400.0},
 )  # fmt: skip
 EXACT = [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
 
@@ -27,12 +41,13 @@ def contender(name, run=lambda: [torch.tensor([3.0, 4.0]), torch.zeros(())], kin
 
 @pytest.fixture
 def rows():
-    """One case: medians of 2 and 4 ms for stock, 1 ms for ours, over 5e6 bytes."""
+    """One case: medians of 4 ms for stock, 2 ms for a peer, 1 ms for ours, over 5e6 bytes."""
     setup = Setup(
-        [contender("slow"), contender("fast"), contender("ours", kind=OURS)],
+        [contender("slow"), contender("fast", kind=PEER), contender("ours", kind=OURS)],
         EXACT,
-        Cost(bytes=5_000_000),
+        [Cost(bytes=4_000_000), Cost(bytes=1_000_000)],
     )
+    setup.contenders[2].saved_bytes = 1_500_000
     samples = {"slow": [3.0, 4.0, 9.0], "fast": [2.0, 2.0, 2.0], "ours": [1.0, 0.5, 2.0]}
     errors = dict.fromkeys(samples, 1e-3)
     return harness.rows(Job("op", "case", lambda: setup), setup, errors, samples, MACHINE)
@@ -63,6 +78,14 @@ def test_wrong_result_is_refused_and_not_timed(result, message):
     assert len(calls) == 1
 
 
+def test_each_result_may_have_a_tolerance_of_its_own():
+    two = [torch.tensor([3.0, 4.0]) * (1 + 1e-3), EXACT[1]]
+    right, wrong = ((1e-2, 1e-6), (1e-6, 1e-2))
+    assert harness.check(Contender("right", lambda: two, right), EXACT) == pytest.approx(1e-3, 1e-3)
+    with pytest.raises(WrongResultError, match=r"at most 1e-06 against the reference, got 0\.001"):
+        harness.check(Contender("wrong", lambda: two, wrong), EXACT)
+
+
 def test_right_result_is_timed_and_its_error_recorded():
     off = [torch.tensor([3.0, 4.0], dtype=torch.float64) * (1 + 5e-7), EXACT[1]]
     setup = Setup([contender("right"), contender("close", lambda: off)], EXACT)
@@ -89,6 +112,8 @@ def test_rounds_end_early_but_not_before_the_fewest():
     setup = Setup([contender("a")], EXACT)
     _, samples = harness.measure(setup, rounds=1000, seconds=0.0)
     assert len(samples["a"]) == harness.FEWEST_ROUNDS
+    _, samples = harness.measure(setup, rounds=2, seconds=60.0)
+    assert len(samples["a"]) == 2
 
 
 def test_median_quartiles_ratio_and_floor(rows):
@@ -110,27 +135,35 @@ def test_median_quartiles_ratio_and_floor(rows):
     ],
 )
 def test_floor_is_the_higher_of_two_and_of_memory_only_beyond_the_cache(cost, milliseconds):
-    assert MACHINE.floor_ms(cost) == pytest.approx(milliseconds)
+    assert MACHINE.floor_ms([cost]) == pytest.approx(milliseconds)
+
+
+def test_floors_of_parts_add_up():
+    costs = [Cost(bytes=2_000_000), Cost(bytes=0, operations=100_000_000)]
+    assert MACHINE.floor_ms(costs) == pytest.approx(1.2)
+    assert MACHINE.floor_ms([]) is None
 
 
 def test_csv_holds_every_column_and_reads_back(rows, tmp_path):
     file = io.StringIO()
-    harness.Writer(file).write(rows)
+    records.Writer(file).write(rows)
     text = file.getvalue()
     wanted = (
-        "op case contender kind median_ms p25 p75 rounds ratio floor_pct error torch torchweld "
-        "cpu_model capability threads malloc load memory_gb_s float32_gflops int8_gops date"
+        "op case contender kind median_ms p25 p75 rounds ratio floor_pct error saved_mb "
+        "torch torchweld cpu_model capability threads malloc load memory_gb_s float32_gflops "
+        "bfloat16_gflops int8_gops date"
     )
     assert next(csv.reader(io.StringIO(text))) == wanted.split()
     path = tmp_path / "rows.csv"
     path.write_text(text)
-    again = harness.read(path)
+    again = records.read(path)
     assert len(again) == len(rows)
     for row, original in zip(again, rows, strict=True):
-        assert row == {k: v if k in harness.NUMBERS else str(v) for k, v in original.items()}
+        assert row == {k: v if k in records.NUMBERS else str(v) for k, v in original.items()}
+    assert [row["saved_mb"] for row in again] == ["", "", 1.5]
 
 
-def test_report_sets_our_best_against_the_best_of_stock(rows):
+def test_report_sets_our_best_against_the_fastest_rival(rows):
     other = [row | {"case": "other", "ratio": row["ratio"] / 4} for row in rows]
     text = report.summary([*rows, *other])
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -138,7 +171,28 @@ def test_report_sets_our_best_against_the_best_of_stock(rows):
     assert "geometric mean 1.00" in lines
     shown = report.case(rows).splitlines()
     assert [line.split()[0] for line in shown[2:]] == ["ours", "fast", "slow"]
-    assert all(line.endswith("60.0") for line in shown[2:])  # dB of an error of 1e-3
+    assert all("60.0" in line for line in shown[2:])  # dB of an error of 1e-3
+    assert shown[2].endswith("1.5")
+
+
+def test_states_of_malloc_are_cases_of_their_own(rows):
+    fresh = [row | {"malloc": "fresh", "median_ms": row["median_ms"] * 2} for row in rows]
+    pairs = [records.fastest(record) for record in records.by_case([*rows, *fresh])]
+    assert [(rival["median_ms"], ours["median_ms"]) for rival, ours in pairs] == [(2, 1), (4, 2)]
+
+
+def test_figures_are_drawn(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [row | {"saved_mb": ""} for row in rows]
+    fresh = [row | {"malloc": "fresh", "floor_pct": ""} for row in rows]
+    other = [row | {"op": "another op"} for row in rows]
+    paths = plots.draw([*rows, *other, *fresh], tmp_path / "figures")
+    assert [path.name for path in paths] == ["another_op.png", "op.png"]
+    assert not (tmp_path / "figures/memory.png").exists()
+    counted = [row | {"saved_mb": 2.0} for row in rows]
+    paths += plots.draw(counted, tmp_path / "figures")
+    assert [path.name for path in paths[2:]] == ["op.png", "memory.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +215,116 @@ def test_convolutions_have_the_shapes_they_claim(case):
     with torch.device("meta"):
         output = torch.conv2d(
             torch.empty(small.input_shape), torch.empty(small.weight_shape), None,
-            small.stride, small.padding, 1, small.groups,
+            small.stride, small.padding, small.dilation, small.groups,
         )  # fmt: skip
     assert output.shape == small.output_shape
+
+
+FAULTS = """
+import resource
+def touch():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(b"x") * (8 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+touch()
+print(touch())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_memory_is_kept_or_fresh():
+    faults = {}
+    for state in ("kept", "fresh"):
+        env = malloc.environment(state, {**os.environ, "MALLOC_MMAP_MAX_": "7"})
+        run = subprocess.run(
+            [sys.executable, "-c", FAULTS], env=env, check=True, capture_output=True, text=True
+        )
+        faults[state] = int(run.stdout)
+    assert faults["kept"] < 100
+    assert faults["fresh"] > 1000 or os.sysconf("SC_PAGESIZE") > 4096
+
+
+def test_state_of_malloc_is_named(monkeypatch):
+    for name in [n for n in os.environ if n.startswith("MALLOC_")] + ["LD_PRELOAD"]:
+        monkeypatch.delenv(name, raising=False)
+    assert malloc.describe() == "default"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", malloc.environment("kept", os.environ))
+        assert malloc.describe() == "kept"
+    monkeypatch.setenv("LD_PRELOAD", "/somewhere/libtcmalloc.so.4")
+    assert malloc.describe() == "tcmalloc"
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    assert malloc.describe() == "MALLOC_ARENA_MAX=1 LD_PRELOAD=libtcmalloc.so.4"
+
+
+def test_process_starts_again_only_in_another_state(monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(os, "environ", malloc.environment("fresh", os.environ))
+    malloc.enter("fresh")
+    assert not calls
+    malloc.enter("kept")
+    assert calls == [(sys.executable, sys.orig_argv, malloc.environment("kept", os.environ))]
+
+
+def test_missing_library_is_an_error(monkeypatch):
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="expected libtcmalloc_minimal"):
+        malloc.environment("tcmalloc", {})
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    monkeypatch.setattr(inference, "PEERS", {"OpenVINO": ("no_module_of_this_name",)})
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_peers_that_are_not_installed_are_left_out():
+    assert inference.missing() == ["OpenVINO"]
+    assert inference.peers(torch.nn.Identity(), torch.zeros(1)) == {}
+
+
+@pytest.mark.usefixtures("no_peers")
+@pytest.mark.parametrize("case", cases.CONV_QUICK, ids=lambda case: case.name)
+def test_contenders_of_a_layer_agree(case):
+    for setup in (
+        bench_conv_bn_relu.training(case, compiled=False),
+        bench_conv_bn_relu.folded(case, compiled=False),
+    ):
+        kinds = [contender.kind for contender in setup.contenders]
+        assert {STOCK, OURS} == set(kinds)
+        for one in setup.contenders:
+            harness.check(one, setup.reference)
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_contenders_of_a_model_agree():
+    case = dataclasses.replace(cases.MNIST, batch=4)
+    for setup in (
+        bench_models.training(case, compiled=False),
+        bench_models.float32(case, compiled=False),
+        bench_models.bfloat16(case),
+    ):
+        for one in setup.contenders:
+            harness.check(one, setup.reference)
+        assert {STOCK, OURS} == {one.kind for one in setup.contenders}
+
+
+def test_bytes_kept_for_backward_are_counted():
+    setup = bench_models.training(dataclasses.replace(cases.MNIST, batch=4), compiled=False)
+    stock, ours, *_ = setup.contenders
+    # Outputs of convolution, activation and pooling, and the pooling's indices, by themselves.
+    values = 4 * (16 * 28**2 + 32 * 14**2 + 64 * 7**2)
+    assert stock.saved_bytes > 2 * 4 * values
+    assert ours.saved_bytes == pytest.approx(stock.saved_bytes, rel=0.01)
+
+
+def test_costs_of_a_model_are_those_of_its_layers():
+    case = cases.ModelCase("ResNet-50", cases.BUILDERS["ResNet-50"], 1)
+    with torch.device("meta"):
+        model, x = case.build(), torch.empty(case.input_shape)
+    costs = bench_models.costs(model, x)
+    assert len(costs) == 54
+    assert sum(cost.operations for cost in costs) == pytest.approx(2 * 4.09e9, rel=1e-3)
+    stem = Cost.layer(3 * 224**2, 64 * 3 * 49, 64 * 112**2, 2 * 64 * 112**2 * 3 * 49)
+    assert costs[0] == stem

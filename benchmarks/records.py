@@ -1,0 +1,65 @@
+"""The record of a run: a CSV file, and who was fastest in it."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+Row = dict[str, str | float]
+
+STOCK, PEER, OURS = "stock", "peer", "torchweld"
+# The record is tidy: a row is one contender in one case, and stands by itself.
+TEXT = ("op", "case", "contender", "kind")
+NUMBERS = ("median_ms", "p25", "p75", "rounds", "ratio", "floor_pct", "error", "saved_mb")
+MACHINE = (
+    "torch", "torchweld", "cpu_model", "capability", "threads", "malloc", "load",
+    "memory_gb_s", "float32_gflops", "bfloat16_gflops", "int8_gops", "date",
+)  # fmt: skip
+COLUMNS = (*TEXT, *NUMBERS, *MACHINE)
+
+
+class Writer:
+    """Appends rows to a new CSV file, so that an interrupted run keeps what it has measured."""
+
+    def __init__(self, file: IO[str]):
+        self._file = file
+        self._csv = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        self._csv.writeheader()
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Append and flush."""
+        self._csv.writerows(rows)
+        self._file.flush()
+
+
+def read(path: Path) -> list[Row]:
+    """Return the rows of a CSV file, numbers as numbers, columns it does not have empty."""
+    with path.open(newline="") as file:
+        return [
+            dict.fromkeys(COLUMNS, "")
+            | {k: float(v) if k in NUMBERS and v != "" else v for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def by_case(records: Iterable[Row]) -> list[list[Row]]:
+    """Return the rows of each case in each state of malloc together, in the order they came in."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in records:
+        groups.setdefault((row["op"], row["case"], row["malloc"]), []).append(row)
+    return list(groups.values())
+
+
+def fastest(record: Iterable[Row]) -> tuple[Row | None, Row | None]:
+    """Return the fastest rival of a case and our fastest."""
+    ranked = sorted(record, key=lambda row: row["median_ms"])
+    rivals, ours = ([r for r in ranked if (r["kind"] == OURS) == own] for own in (False, True))
+    return next(iter(rivals), None), next(iter(ours), None)
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """Return the mean that halves and doubles cancel out in."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
