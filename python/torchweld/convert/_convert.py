@@ -266,9 +266,11 @@ def _owners(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[_Owner]:
 def _may_own(module: nn.Module) -> bool:
     if _welded.is_welded(module) or not _rules.has_open_forward(module):
         return False
-    return any(_rules.is_conv(part) for part in module.modules()) or any(
-        parameter.dim() == 4 for parameter in module.parameters(recurse=False)
-    )
+    # Linear layers alone, as in transformers, are none of our business.
+    return any(
+        _rules.is_batch_norm(part) or (_rules.is_conv(part) and not isinstance(part, nn.Linear))
+        for part in module.modules()
+    ) or any(parameter.dim() == 4 for parameter in module.parameters(recurse=False))
 
 
 def _used_once(model: nn.Module, owners: list[_Owner]) -> set[int]:
