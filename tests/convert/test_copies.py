@@ -97,6 +97,13 @@ def test_jit_trace(welded):
     assert "torchweld::conv_relu" in str(traced.inlined_graph)
 
 
+def test_jit_script():
+    with pytest.raises(RuntimeError, match=r"script torchweld\.unweld\(model\)"):
+        torch.jit.script(nn.Sequential(tw.weld(ResNet())))
+    model = tw.unweld(tw.weld(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))).eval()
+    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
+
+
 def test_jit_trace_with_a_residual():
     welded = tw.weld(ResNet()).eval()
     x = torch.randn(3, 3, 16, 16)

@@ -273,3 +273,24 @@ def test_functional_forms(forward, detail):
     assert [row.detail for row in tw.report(welded)] == [detail]
     x = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(welded(x), model(x))
+
+
+def test_traced_in_one_mode_only():
+    class Draws(nn.Sequential):
+        def forward(self, x):
+            x = super().forward(x)
+            return x + torch.rand(()) if self.training else x
+
+    model = Draws(*conv_bn(4, 4), nn.ReLU())
+    welded = tw.weld(model)
+    (row,) = tw.report(welded)
+    assert row.converted
+    assert row.detail.startswith("conv-bn-relu in evaluation; in training it cannot be traced: ")
+    x = torch.randn(2, 4, 5, 5)
+    for training in (True, False):
+        outputs = []
+        for each in (model, welded):
+            torch.manual_seed(0)
+            outputs.append(each.train(training)(x))
+            model[1].reset_running_stats()  # they share it
+        torch.testing.assert_close(*outputs)

@@ -1,27 +1,20 @@
-"""``weld`` and ``unweld``: which modules of a model get fused patterns."""
+"""``weld`` and ``unweld``."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torchweld.convert import _fused, _match, _rules, _welded
-from torchweld.convert._inline import inline
+from torchweld.convert import _welded
 from torchweld.convert._layout import seen_by
-from torchweld.convert._trace import Traced, trace, usual_call
-from torchweld.convert._values import stock_class
-from torchweld.convert._watch import UntraceableError
+from torchweld.convert._survey import CONVERSION, weld_patterns
 from torchweld.nn import SyncBatchNorm
-from torchweld.report import Report, Row, record
-
-_CONVERSION = "conv_bn_relu"
+from torchweld.report import Report, record
 
 
 def weld(
@@ -107,8 +100,8 @@ def weld(
             module.__class__ = SyncBatchNorm  # type: ignore[assignment]
     if inference:
         welded.eval().requires_grad_(False)
-    found = Report(_weld_all(welded, inference))
-    record(welded, found, replacing=_CONVERSION)
+    found = Report(weld_patterns(welded, inference))
+    record(welded, found, replacing=CONVERSION)
     if any(row.converted for row in found) and not seen_by(model):
         _welded.hide_channels_last(welded, snapshot=inference)
     if inference and not _welded.is_snapshot(welded):
@@ -152,7 +145,7 @@ def unweld(model: nn.Module) -> nn.Module:
             _welded.uninstall(module)
         if type(module) is SyncBatchNorm:
             module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
-    record(stock, Report(), replacing=_CONVERSION)
+    record(stock, Report(), replacing=CONVERSION)
     return stock
 
 
@@ -181,167 +174,6 @@ def _kept(model: nn.Module) -> dict[int, Any]:
     """What deepcopy refuses to copy: results left on modules, as weight_norm's hook leaves one."""
     values = [value for module in model.modules() for value in vars(module).values()]
     return {id(v): v for v in values if isinstance(v, Tensor) and not v.is_leaf}
-
-
-@dataclass
-class _Owner:
-    """A module whose forward may own patterns, and what its graphs show, by training mode."""
-
-    path: str
-    module: nn.Module
-    traced: dict[bool, Traced] = field(default_factory=dict)
-    failure: str = ""
-
-    def qualified(self, name: str) -> str:
-        return f"{self.path}.{name}" if self.path else name
-
-    def find(self, once: set[int], inference: bool) -> dict[tuple[str, ...], _Finding]:
-        """Return what it owns, by names of conv and bn, as the first mode that has it shows it."""
-
-        def may_open(path: str) -> bool:
-            return id(self.module.get_submodule(path)) in once
-
-        found: dict[tuple[str, ...], _Finding] = {}
-        for training, traced in self.traced.items():
-            with _welded.mode(self.module, training):
-                graph = inline(self.module, traced, may_open).graph
-            for match in _match.find(self.module, graph):
-                reason = match.reason or _reason_here(self.module, graph, match, once, inference)
-                key = match.names[:2]
-                if key not in found or found[key][0] is None:
-                    unit = None if reason else match.unit
-                    found[key] = unit, reason or match.unit.detail  # type: ignore[union-attr]
-        return found
-
-
-_Finding = tuple[_match.Unit | None, str]  # a pattern and its name, or none and why
-
-
-def _weld_all(model: nn.Module, inference: bool) -> list[Row]:
-    """Weld a model in place; return a row for every batch normalization."""
-    owners = [*_owners(model, (False,) if inference else (True, False))]
-    once = _used_once(model, owners)
-    rows: dict[str, Row] = {}  # by names of conv and bn: a parent may have claimed its child's
-    failed: list[str] = []
-    for owner in owners:
-        if owner.failure and not owner.traced:
-            if _has_direct_pair(owner.module):
-                rows[owner.path] = Row(owner.path, _CONVERSION, False, owner.failure)
-                failed.append(owner.path)
-            continue
-        found = owner.find(once, inference)
-        units = [unit for unit, _ in found.values() if unit is not None]
-        failure = _install(owner, units, inference)
-        for key, (unit, detail) in found.items():
-            names = key if unit is None or unit.act is None else (*key, unit.act)
-            name = " + ".join(map(owner.qualified, names)) or owner.path
-            converted = unit is not None and not failure
-            row = Row(name, _CONVERSION, converted, failure if unit and failure else detail)
-            pair = " + ".join(map(owner.qualified, key)) or owner.path
-            if pair not in rows or (converted and not rows[pair].converted):
-                rows[pair] = row
-    return [*rows.values(), *_never_seen(model, rows, failed)]
-
-
-def _never_seen(model: nn.Module, rows: dict[str, Row], failed: list[str]) -> Iterator[Row]:
-    """Yield a row for each batch normalization no row speaks of, by itself or by its owner."""
-    seen = {name for key in rows for name in key.split(" + ")}
-    explained = tuple(f"{path}." if path else "" for path in failed)
-    for path, module in model.named_modules():
-        if _rules.is_batch_norm(module) and path not in seen and not path.startswith(explained):
-            reason = "no forward that could be traced calls it after a convolution"
-            yield Row(path, _CONVERSION, False, reason)
-
-
-def _owners(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[_Owner]:
-    for path, module in model.named_modules():
-        if not _may_own(module):
-            continue
-        owner = _Owner(path, module)
-        forward = stock_class(module).forward
-        for training in modes:
-            if "forward" in module.__dict__:
-                owner.failure = "its forward was replaced"
-                break
-            try:
-                with _welded.mode(module, training):
-                    spec = usual_call(forward)
-                    owner.traced[training] = trace(module, forward, spec)
-            except UntraceableError as error:
-                owner.failure = owner.failure or f"cannot be traced: {error}"
-        yield owner
-
-
-def _may_own(module: nn.Module) -> bool:
-    if _welded.is_welded(module) or not _rules.has_open_forward(module):
-        return False
-    return any(_rules.is_conv(part) for part in module.modules()) or any(
-        parameter.dim() == 4 for parameter in module.parameters(recurse=False)
-    )
-
-
-def _used_once(model: nn.Module, owners: list[_Owner]) -> set[int]:
-    """Ids of the modules registered in one place and called in one place."""
-    registered = Counter(id(child) for m in model.modules() for child in m._modules.values())
-    called: Counter[int] = Counter()
-    for owner in owners:
-        most: Counter[int] = Counter()
-        for traced in owner.traced.values():
-            calls = [n.target for n in traced.graph.nodes if n.op == "call_module"]
-            most |= Counter(id(owner.module.get_submodule(str(target))) for target in calls)
-        called += most
-    return {key for key in called if called[key] == 1 and registered[key] == 1}
-
-
-def _reason_here(
-    owner: nn.Module, graph: fx.Graph, match: _match.Found, once: set[int], inference: bool
-) -> str:
-    assert match.unit is not None
-    conv, bn = (owner.get_submodule(path) for path in match.unit.pair)
-    for module in (conv, bn):
-        if id(module) not in once:
-            return f"the {type(module).__name__} is used more than once"
-    if not inference:
-        return ""
-    for node in graph.nodes:
-        path = str(node.target)
-        if node.op == "get_attr" and path.startswith(tuple(f"{p}." for p in match.unit.pair)):
-            return f"its forward reads {path} by itself"
-    return _rules.reason_against_folding(bn)
-
-
-def _has_direct_pair(module: nn.Module) -> bool:
-    children = []
-    for child in module.children():
-        children += (
-            [*child.children()] if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
-        )
-    return any(map(_rules.is_conv, children)) and any(map(_rules.is_batch_norm, children))
-
-
-def _install(owner: _Owner, units: list[_match.Unit], inference: bool) -> str:
-    """Weld one module; return why that failed, or nothing."""
-    if not units:
-        return ""
-    module = owner.module
-    weld = _welded.Weld(frozenset(unit.pair for unit in units))
-    try:
-        _welded.install(module, weld, snapshot=inference)
-    except TypeError as error:
-        return f"its class cannot be subclassed: {error}"
-    if inference:
-        for unit in units:
-            if not _rules.is_folded(*map(module.get_submodule, unit.pair)):
-                _fold(module, unit)
-    weld.prepare(module)
-    return ""
-
-
-def _fold(owner: nn.Module, unit: _match.Unit) -> None:
-    conv, bn = (owner.get_submodule(path) for path in unit.pair)
-    for path, module in ((unit.conv, _fused.fold(conv, bn)), (unit.bn, nn.Identity())):
-        parent, _, name = path.rpartition(".")
-        owner.get_submodule(parent)._modules[name] = module.eval()
 
 
 def _check_outputs(model: nn.Module, welded: nn.Module, example_inputs: Any) -> None:

@@ -96,8 +96,8 @@ def reason_against(conv: nn.Module, bn: nn.Module) -> str:
             return f"{kind.__name__} is {what} {stock.__name__}"
     if is_frozen(bn) and stock_conv is nn.Linear:
         return f"{type(bn).__name__} is not BatchNorm1d"
-    channels = conv.weight.shape[0]  # type: ignore[index]
-    features = bn.running_mean.shape[0] if is_frozen(bn) else bn.num_features  # type: ignore
+    channels = conv.out_features if isinstance(conv, nn.Linear) else conv.out_channels
+    features = bn.num_features if isinstance(bn, _BatchNorm) else bn.running_mean.shape[0]  # type: ignore[index]
     if channels != features:
         return f"{channels} channels meet a batch normalization of {features}"
     return ""

@@ -280,10 +280,17 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
             )
         return stock.train(self, mode)
 
+    def prepare_scriptable(self: nn.Module) -> nn.Module:
+        raise RuntimeError(
+            "torchweld: torch.jit.script cannot take a welded model; use torch.jit.trace or "
+            "torch.export, or script torchweld.unweld(model)"
+        )
+
     members: dict[str, Any] = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
+        "__prepare_scriptable__": prepare_scriptable,
         "__reduce_ex__": reduce_ex,
         "__setstate__": setstate,
         "forward": forward,
