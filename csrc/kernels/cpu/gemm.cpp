@@ -6,18 +6,17 @@ namespace torchweld::kernels::TORCHWELD_ISA {
 namespace {
 
 // A tile of c lives in registers: kRows x kVectors of them, which leaves room for a row of b and
-// one broadcast of a. 24 to 28 accumulators of 32 registers hide the latency of two FMA units; with
-// 16 registers it is 12.
+// one broadcast of a. With 32 registers tiles are 7 or 14 rows high, which images of 7, 14, 28, 56
+// and 112 pixels are multiples of. 12 accumulators just hide the latency of two FMA units.
 #if defined(__AVX512F__)
 inline constexpr int kMaxVectors = 4;
-template <int kVectors>
-inline constexpr int kTileRows = kVectors == 4   ? 6
-                                 : kVectors == 3 ? 8
-                                 : kVectors == 2 ? 12
+template <int kVectors, bool kPart>
+inline constexpr int kTileRows = kVectors == 4   ? (kPart ? 6 : 7)
+                                 : kVectors == 3 ? 7
                                                  : 14;
 #else
 inline constexpr int kMaxVectors = 2;
-template <int kVectors>
+template <int kVectors, bool kPart>
 inline constexpr int kTileRows = kVectors == 2 ? 6 : 12;
 #endif
 
@@ -60,6 +59,11 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const VecF value = broadcast<VecF>(a[i / 3][(i % 3) * a_row]);
+        if constexpr (kRows == 7 && kVectors == 4) {
+          // 28 + 4 + 1 registers are one too many: each row reads the last column from memory.
+          asm volatile("" ::: "memory");
+          columns[3] = load(b + 3 * kLanesF);
+        }
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(value, columns[v], sums[i][v]);
       }
@@ -93,19 +97,24 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
   }
 }
 
-// Tiles of kRows rows from `row` on, and the rest with smaller ones.
+// Tiles of kRows rows from `row` on.
 template <int kRows, int kVectors, bool kPart>
 int64_t tiles(const GemmArguments& g, int64_t row, int64_t column) {
-  for (; row + kRows <= g.rows; row += kRows) tile<kRows, kVectors, kPart>(g, row, column);
+  for (; row + kRows <= g.rows; row += kRows) {
+    // 8, 10 and 12 rows go in fours and twos: a single row's sums would wait for each other.
+    const int64_t left = g.rows - row;
+    if (kRows == 7 && left < 14 && left % 2 == 0) break;
+    tile<kRows, kVectors, kPart>(g, row, column);
+  }
   return row;
 }
 
 template <int kVectors, bool kPart>
 void columns(const GemmArguments& g, int64_t column) {
-  constexpr int kRows = kTileRows<kVectors>;
+  constexpr int kRows = kTileRows<kVectors, kPart>;
   int64_t row = tiles<kRows, kVectors, kPart>(g, 0, column);
-  if constexpr (kRows > 8) row = tiles<8, kVectors, kPart>(g, row, column);
-  if constexpr (kRows > 4) row = tiles<4, kVectors, kPart>(g, row, column);
+  if constexpr (kRows == 14) row = tiles<7, kVectors, kPart>(g, row, column);
+  row = tiles<4, kVectors, kPart>(g, row, column);
   row = tiles<2, kVectors, kPart>(g, row, column);
   tiles<1, kVectors, kPart>(g, row, column);
 }
