@@ -42,35 +42,47 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
     }
   }
 
+  // By the time the sums are done, their place is in the nearest cache.
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors * kVectorBytes; v += 64) {
+      __builtin_prefetch((const char*)(c + i * g.c_row) + v, 1);
+    }
+  }
+
+  // One pointer for every three rows: x86 addresses reach base, base + row and base + 2 * row.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const float* a[kPointers];
   const float* b = g.b + column;
-  for (int64_t run = 0; run < g.runs; ++run) {
-    // One pointer for every three rows: x86 addresses reach base, base + row and base + 2 * row.
-    constexpr int kPointers = (kRows + 2) / 3;
-    const float* a[kPointers];
+  const int64_t steps = g.depth > 0 ? g.runs * g.depth : 0;
+  // One loop over all steps, for runs may be as short as one.
+  for (int64_t step = 0, left = 0, run = 0; step < steps; ++step, --left) {
+    if (left == 0) {
 #pragma GCC unroll 8
-    for (int p = 0; p < kPointers; ++p) {
-      a[p] = g.a[run] + (row + 3 * p) * a_row;
-      asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
-    }
-    for (int64_t k = 0; k < g.depth; ++k) {
-      VecF columns[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) columns[v] = load_column<kVectors, kPart>(b, v, last);
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const VecF value = broadcast<VecF>(a[i / 3][(i % 3) * a_row]);
-        if constexpr (kRows == 7 && kVectors == 4) {
-          // 28 + 4 + 1 registers are one too many: each row reads the last column from memory.
-          asm volatile("" ::: "memory");
-          columns[3] = load(b + 3 * kLanesF);
-        }
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(value, columns[v], sums[i][v]);
+      for (int p = 0; p < kPointers; ++p) {
+        a[p] = g.a[run] + (row + 3 * p) * a_row;
+        asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
       }
-#pragma GCC unroll 8
-      for (int p = 0; p < kPointers; ++p) a[p] += a_step;
-      b += b_row;
+      left = g.depth;
+      ++run;
     }
+    VecF columns[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) columns[v] = load_column<kVectors, kPart>(b, v, last);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const VecF value = broadcast<VecF>(a[i / 3][(i % 3) * a_row]);
+      if constexpr (kRows == 7 && kVectors == 4) {
+        // 28 + 4 + 1 registers are one too many: each row reads the last column from memory.
+        asm volatile("" ::: "memory");
+        columns[3] = load(b + 3 * kLanesF);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(value, columns[v], sums[i][v]);
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < kPointers; ++p) a[p] += a_step;
+    b += b_row;
   }
 
   const Epilogue& e = g.epilogue;
@@ -115,6 +127,7 @@ void columns(const GemmArguments& g, int64_t column) {
   int64_t row = tiles<kRows, kVectors, kPart>(g, 0, column);
   if constexpr (kRows == 14) row = tiles<7, kVectors, kPart>(g, row, column);
   row = tiles<4, kVectors, kPart>(g, row, column);
+  row = tiles<3, kVectors, kPart>(g, row, column);
   row = tiles<2, kVectors, kPart>(g, row, column);
   tiles<1, kVectors, kPart>(g, row, column);
 }
