@@ -50,6 +50,12 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
     }
   }
 
+  // The rows of the next tile: read for the first time, they are too far apart for the hardware.
+  if (a_step == 1 && g.runs == 1) {
+    const float* next = g.a[0] + (row + kRows) * a_row;
+    for (int64_t k = 0; k < kRows * a_row; k += 16) __builtin_prefetch(next + k, 0, 2);
+  }
+
   // One pointer for every three rows: x86 addresses reach base, base + row and base + 2 * row.
   constexpr int kPointers = (kRows + 2) / 3;
   const float* a[kPointers];
