@@ -6,18 +6,17 @@ namespace torchweld::kernels::TORCHWELD_ISA {
 namespace {
 
 // A tile of c lives in registers: kRows x kVectors of them, which leaves room for a row of b and
-// one broadcast of a. 24 to 28 accumulators of 32 registers hide the latency of two FMA units; with
-// 16 registers it is 12.
+// one broadcast of a. With 32 registers tiles are 7 or 14 rows high, which images of 7, 14, 28, 56
+// and 112 pixels are multiples of. 12 accumulators just hide the latency of two FMA units.
 #if defined(__AVX512F__)
 inline constexpr int kMaxVectors = 4;
-template <int kVectors>
-inline constexpr int kTileRows = kVectors == 4   ? 6
-                                 : kVectors == 3 ? 8
-                                 : kVectors == 2 ? 12
+template <int kVectors, bool kPart>
+inline constexpr int kTileRows = kVectors == 4   ? (kPart ? 6 : 7)
+                                 : kVectors == 3 ? 7
                                                  : 14;
 #else
 inline constexpr int kMaxVectors = 2;
-template <int kVectors>
+template <int kVectors, bool kPart>
 inline constexpr int kTileRows = kVectors == 2 ? 6 : 12;
 #endif
 
@@ -43,30 +42,53 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
     }
   }
 
+  // By the time the sums are done, their place is in the nearest cache.
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors * kVectorBytes; v += 64) {
+      __builtin_prefetch((const char*)(c + i * g.c_row) + v, 1);
+    }
+  }
+
+  // The rows of the next tile: read for the first time, they are too far apart for the hardware.
+  if (a_step == 1 && g.runs == 1) {
+    const float* next = g.a[0] + (row + kRows) * a_row;
+    for (int64_t k = 0; k < kRows * a_row; k += 16) __builtin_prefetch(next + k, 0, 2);
+  }
+
+  // One pointer for every three rows: x86 addresses reach base, base + row and base + 2 * row.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const float* a[kPointers];
   const float* b = g.b + column;
-  for (int64_t run = 0; run < g.runs; ++run) {
-    // One pointer for every three rows: x86 addresses reach base, base + row and base + 2 * row.
-    constexpr int kPointers = (kRows + 2) / 3;
-    const float* a[kPointers];
+  const int64_t steps = g.depth > 0 ? g.runs * g.depth : 0;
+  // One loop over all steps, for runs may be as short as one.
+  for (int64_t step = 0, left = 0, run = 0; step < steps; ++step, --left) {
+    if (left == 0) {
 #pragma GCC unroll 8
-    for (int p = 0; p < kPointers; ++p) {
-      a[p] = g.a[run] + (row + 3 * p) * a_row;
-      asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
-    }
-    for (int64_t k = 0; k < g.depth; ++k) {
-      VecF columns[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) columns[v] = load_column<kVectors, kPart>(b, v, last);
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const VecF value = broadcast<VecF>(a[i / 3][(i % 3) * a_row]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(value, columns[v], sums[i][v]);
+      for (int p = 0; p < kPointers; ++p) {
+        a[p] = g.a[run] + (row + 3 * p) * a_row;
+        asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
       }
-#pragma GCC unroll 8
-      for (int p = 0; p < kPointers; ++p) a[p] += a_step;
-      b += b_row;
+      left = g.depth;
+      ++run;
     }
+    VecF columns[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) columns[v] = load_column<kVectors, kPart>(b, v, last);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const VecF value = broadcast<VecF>(a[i / 3][(i % 3) * a_row]);
+      if constexpr (kRows == 7 && kVectors == 4) {
+        // 28 + 4 + 1 registers are one too many: each row reads the last column from memory.
+        asm volatile("" ::: "memory");
+        columns[3] = load(b + 3 * kLanesF);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(value, columns[v], sums[i][v]);
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < kPointers; ++p) a[p] += a_step;
+    b += b_row;
   }
 
   const Epilogue& e = g.epilogue;
@@ -93,19 +115,25 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
   }
 }
 
-// Tiles of kRows rows from `row` on, and the rest with smaller ones.
+// Tiles of kRows rows from `row` on.
 template <int kRows, int kVectors, bool kPart>
 int64_t tiles(const GemmArguments& g, int64_t row, int64_t column) {
-  for (; row + kRows <= g.rows; row += kRows) tile<kRows, kVectors, kPart>(g, row, column);
+  for (; row + kRows <= g.rows; row += kRows) {
+    // 8, 10 and 12 rows go in fours and twos: a single row's sums would wait for each other.
+    const int64_t left = g.rows - row;
+    if (kRows == 7 && left < 14 && left % 2 == 0) break;
+    tile<kRows, kVectors, kPart>(g, row, column);
+  }
   return row;
 }
 
 template <int kVectors, bool kPart>
 void columns(const GemmArguments& g, int64_t column) {
-  constexpr int kRows = kTileRows<kVectors>;
+  constexpr int kRows = kTileRows<kVectors, kPart>;
   int64_t row = tiles<kRows, kVectors, kPart>(g, 0, column);
-  if constexpr (kRows > 8) row = tiles<8, kVectors, kPart>(g, row, column);
-  if constexpr (kRows > 4) row = tiles<4, kVectors, kPart>(g, row, column);
+  if constexpr (kRows == 14) row = tiles<7, kVectors, kPart>(g, row, column);
+  row = tiles<4, kVectors, kPart>(g, row, column);
+  row = tiles<3, kVectors, kPart>(g, row, column);
   row = tiles<2, kVectors, kPart>(g, row, column);
   tiles<1, kVectors, kPart>(g, row, column);
 }
@@ -142,15 +170,60 @@ void gemm(const GemmArguments& g) {
   }
 }
 
+// The lower, or upper, halves of two registers, lane by lane in turn.
+inline VecF zip_low(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+inline VecF zip_high(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// to[i * to_row + j] = from[j * from_row + i] for a square of registers: zipping the first half of
+// the rows with the second, as often as halves can be halved.
+void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  VecF rows[kLanesF], zipped[kLanesF];
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanesF; ++j) rows[j] = load(from + j * from_row);
+#pragma GCC unroll 4
+  for (int size = kLanesF; size > 1; size /= 2) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kLanesF / 2; ++j) {
+      zipped[2 * j] = zip_low(rows[j], rows[j + kLanesF / 2]);
+      zipped[2 * j + 1] = zip_high(rows[j], rows[j + kLanesF / 2]);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanesF; ++j) rows[j] = zipped[j];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanesF; ++i) store(to + i * to_row, rows[i]);
+}
+
 void pack(const float* weight, int64_t row, int64_t columns, int64_t depth, float* packed,
           int64_t width) {
-  // Sixteen rows at a time: their cache lines are used up while they are there.
-  for (int64_t first = 0; first < width; first += kPanelGroup) {
-    const int64_t here = columns - first;
-    for (int64_t k = 0; k < depth; ++k) {
-      float* to = packed + k * width + first;
-      const float* from = weight + first * row + k;
-      for (int64_t j = 0; j < kPanelGroup; ++j) to[j] = j < here ? from[j * row] : 0.0f;
+  for (int64_t first = 0; first < width; first += kLanesF) {
+    const float* from = weight + first * row;
+    float* to = packed + first;
+    int64_t k = 0;
+    for (; first + kLanesF <= columns && k + kLanesF <= depth; k += kLanesF) {
+      transpose(from + k, row, to + k * width, width);
+    }
+    for (; k < depth; ++k) {
+      for (int64_t j = 0; j < kLanesF; ++j) {
+        to[k * width + j] = first + j < columns ? from[j * row + k] : 0.0f;
+      }
     }
   }
 }

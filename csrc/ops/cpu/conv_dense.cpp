@@ -18,6 +18,8 @@ using kernels::kPanel;
 constexpr int64_t kBlockSize = 1 << 14;
 // Pixels of a block at least: each block reads all weights.
 constexpr int64_t kBlockPixels = 48;
+// The product's tiles of 7 and 14 rows fill blocks of whole multiples of this.
+constexpr int64_t kTilePixels = 28;
 // Floats of a panel that stay in cache while a block's pixels pass by.
 constexpr int64_t kSliceSize = 1 << 17;
 // Tasks at least, where panels can be shared out: for batches of one.
@@ -47,6 +49,7 @@ Plan::Plan(const ConvolutionShape& shape, const Cut& cut)
     shape_.batch = shape_.height = shape_.out_height = 1;
   }
   columns_ = even_part(shape_.out_width, cut.pixels);
+  if (matrix_product_) columns_ = divide_up(columns_, kTilePixels) * kTilePixels;
   rows_ = columns_ < shape_.out_width ? 1 : even_part(shape_.out_height, cut.pixels / columns_);
   row_blocks_ = divide_up(shape_.out_height, rows_);
   column_blocks_ = divide_up(shape_.out_width, columns_);

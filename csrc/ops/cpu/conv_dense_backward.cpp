@@ -14,7 +14,7 @@ using kernels::kPanel;
 // Floats of a chunk that is one block, and its fewest and most pixels: a weight gradient is one
 // chain of additions within a block.
 constexpr int64_t kChunkSize = 1 << 16;
-constexpr int64_t kMinPixels = 48;
+constexpr int64_t kMinPixels = 96;
 constexpr int64_t kMaxPixels = 128;
 // Partial weight gradients: at most so many, as long as they have so many floats together.
 constexpr int64_t kMaxTasks = 32;
@@ -214,6 +214,11 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
         const int64_t pixel = plan.first_pixel(first);
         const int64_t count = by_image ? pixels : first.pixels();
         pass.grad_output(pixel, count, gradient.data());
+        if (plan.is_matrix_product() && want_weight) {
+          // The next block's input: its first tile would wait for every pixel.
+          const float* next = pass.input + (pixel + count) * s.channels;
+          for (int64_t i = 0; i < count * s.channels; i += 16) __builtin_prefetch(next + i, 0, 2);
+        }
         for (int64_t i = 0; want_weight && i < chunk_blocks; ++i) {
           const Block block = plan.block(chunk * chunk_blocks + i);
           windows.move_to(block);

@@ -1,0 +1,172 @@
+#include <algorithm>
+#include <cmath>
+
+#include "buffer.h"
+#include "check.h"
+
+using namespace torchweld::kernels;
+
+namespace {
+
+struct Case {
+  int64_t rows, columns, runs, depth;
+  int64_t a_row, a_step;
+  bool accumulate, bias, residual, clamp;
+};
+
+// The last float an operand is read at, and one.
+int64_t a_size(const Case& c) {
+  return (c.rows - 1) * c.a_row + std::max<int64_t>(0, c.depth - 1) * c.a_step + 1;
+}
+
+// Rows of b and c are wider than what is used of them, except the last.
+constexpr int64_t kBeyond = 3;
+int64_t rows_size(int64_t rows, int64_t columns) {
+  return std::max<int64_t>(0, (rows - 1) * (columns + kBeyond) + columns);
+}
+
+// Small integers, so that every sum is exact.
+void make_integers(const Buffer& buffer) {
+  float* data = buffer.as<float>();
+  for (size_t i = 0; i < buffer.bytes / 4; ++i) data[i] = std::round(data[i] * 8);
+}
+
+struct Operands {
+  Operands(const Case& c, bool integers)
+      : b(rows_size(c.runs * c.depth, c.columns), DType::float32, 2, true),
+        bias(c.columns, DType::float32, 3, true),
+        residual(rows_size(c.rows, c.columns), DType::float32, 4, true) {
+    for (int64_t r = 0; r < c.runs; ++r) {
+      a.emplace_back(a_size(c), DType::float32, 10 + static_cast<unsigned>(r), true);
+      pointers.push_back(a.back().as<float>());
+      if (integers) make_integers(a.back());
+    }
+    if (integers) {
+      for (const Buffer* buffer : {&b, &bias, &residual}) make_integers(*buffer);
+    }
+  }
+
+  std::vector<Buffer> a;
+  std::vector<const float*> pointers;
+  Buffer b, bias, residual;
+};
+
+Buffer initial(const Case& c, bool integers) {
+  Buffer buffer(rows_size(c.rows, c.columns), DType::float32, 5, true);
+  if (integers) make_integers(buffer);
+  return buffer;
+}
+
+Buffer product(Capability capability, const Case& c, const Operands& operands, bool integers) {
+  Buffer result = initial(c, integers);
+  GemmArguments g{};
+  g.rows = c.rows;
+  g.columns = c.columns;
+  g.a = operands.pointers.data();
+  g.runs = c.runs;
+  g.depth = c.depth;
+  g.a_row = c.a_row;
+  g.a_step = c.a_step;
+  g.b = operands.b.as<float>();
+  g.b_row = g.c_row = c.columns + kBeyond;
+  g.c = result.as<float>();
+  g.accumulate = c.accumulate;
+  if (c.bias) g.epilogue.bias = operands.bias.as<float>();
+  if (c.residual) g.epilogue.residual = operands.residual.as<float>();
+  if (c.clamp) g.epilogue.low = -20, g.epilogue.high = 30;
+  table(capability).gemm->gemm(g);
+  return result;
+}
+
+// One element at a time; what lies between the rows of c stays as it was.
+Buffer expected_integers(const Case& c, const Operands& operands) {
+  Buffer result = initial(c, true);
+  const int64_t row = c.columns + kBeyond;
+  for (int64_t i = 0; i < c.rows; ++i) {
+    for (int64_t j = 0; j < c.columns; ++j) {
+      float& value = result.as<float>()[i * row + j];
+      double sum = c.accumulate ? value : 0;
+      for (int64_t r = 0; r < c.runs; ++r) {
+        for (int64_t k = 0; k < c.depth; ++k) {
+          sum += static_cast<double>(operands.pointers[r][i * c.a_row + k * c.a_step]) *
+                 operands.b.as<float>()[(r * c.depth + k) * row + j];
+        }
+      }
+      if (c.bias) sum += operands.bias.as<float>()[j];
+      if (c.residual) sum += operands.residual.as<float>()[i * row + j];
+      if (c.clamp) sum = std::clamp(sum, -20.0, 30.0);
+      value = static_cast<float>(sum);
+    }
+  }
+  return result;
+}
+
+void check_product(const Case& c) {
+  const Operands integers(c, true), floats(c, false);
+  const Buffer exact = expected_integers(c, integers);
+  const Buffer bits = product(Capability::scalar, c, floats, false);
+  for (Capability capability : available_capabilities()) {
+    CHECK(product(capability, c, integers, true) == exact, "%s: %ld x %ld x %ld x %ld",
+          name(capability), static_cast<long>(c.rows), static_cast<long>(c.columns),
+          static_cast<long>(c.runs), static_cast<long>(c.depth));
+    CHECK(product(capability, c, floats, false) == bits, "%s: same bits, %ld x %ld x %ld x %ld",
+          name(capability), static_cast<long>(c.rows), static_cast<long>(c.columns),
+          static_cast<long>(c.runs), static_cast<long>(c.depth));
+  }
+}
+
+// A NaN passes the clamp, and so does nothing beyond it.
+void check_clamp() {
+  const float a[] = {1, NAN, -9, 9};
+  const float* pointer = a;
+  const float b = 1;
+  for (Capability capability : available_capabilities()) {
+    float c[4];
+    GemmArguments g{};
+    g.rows = 4;
+    g.columns = g.runs = g.depth = g.a_row = g.b_row = g.c_row = 1;
+    g.a = &pointer;
+    g.b = &b;
+    g.c = c;
+    g.epilogue.low = 0;
+    g.epilogue.high = 6;
+    table(capability).gemm->gemm(g);
+    CHECK(c[0] == 1 && std::isnan(c[1]) && c[2] == 0 && c[3] == 6, "%s", name(capability));
+  }
+}
+
+void check_pack(int64_t columns, int64_t depth) {
+  const int64_t row = depth + 2, width = (columns + kPanelGroup - 1) / kPanelGroup * kPanelGroup;
+  const Buffer weight((columns - 1) * row + depth, DType::float32, 6, true);
+  Buffer expected(depth * width, DType::float32);
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t j = 0; j < width; ++j) {
+      expected.as<float>()[k * width + j] = j < columns ? weight.as<float>()[j * row + k] : 0;
+    }
+  }
+  for (Capability capability : available_capabilities()) {
+    const Buffer packed(depth * width, DType::float32);
+    table(capability)
+        .gemm->pack(weight.as<float>(), row, columns, depth, packed.as<float>(), width);
+    CHECK(packed == expected, "%s: %ld columns, depth %ld", name(capability),
+          static_cast<long>(columns), static_cast<long>(depth));
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int64_t rows : {1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 21, 30}) {
+    for (int64_t columns : {1, 7, 8, 15, 16, 17, 24, 31, 32, 33, 48, 49, 60, 63, 64}) {
+      check_product({rows, columns, 1, 5, 6, 1, false, false, false, false});
+      check_product({rows, columns, 3, 4, 2, 1, false, true, true, true});
+      check_product({rows, columns, 2, 9, 1, 40, true, false, true, false});  // a across
+    }
+  }
+  check_product({7, 64, 2, 300, 300, 1, true, true, false, true});
+  check_product({4, 20, 2, 0, 1, 1, true, true, false, false});  // nothing to add
+  check_clamp();
+  for (int64_t columns : {1, 3, 15, 16, 17, 33, 48, 63, 64}) {
+    for (int64_t depth : {1, 2, 7, 9, 16, 17, 40, 147}) check_pack(columns, depth);
+  }
+}
