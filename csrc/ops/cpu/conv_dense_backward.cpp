@@ -171,6 +171,44 @@ void merge(const float* partials, int64_t count, int64_t steps, int64_t channels
   });
 }
 
+// One part of the input gradient per phase, and whether there are pixels that no tap reaches.
+struct InputGradients {
+  std::vector<InputGradient> parts;
+  bool untouched = false;
+
+  InputGradients() = default;
+  InputGradients(const ConvolutionShape& s, const float* weight)
+      : untouched(s.kernel_height < s.stride_height || s.kernel_width < s.stride_width) {
+    const auto horizontal =
+        phases(s.width, s.kernel_width, s.stride_width, s.padding_width, s.dilation_width);
+    for (const Phase& v :
+         phases(s.height, s.kernel_height, s.stride_height, s.padding_height, s.dilation_height)) {
+      for (const Phase& h : horizontal) parts.emplace_back(s, v, h, weight);
+    }
+  }
+};
+
+// The pixels whose gradient is in scratch at once: a block; but an image where the input gradient
+// needs rows of the output's more than once.
+struct Chunks {
+  const Plan& plan;
+  bool by_image;
+
+  int64_t blocks() const { return by_image ? plan.image_blocks() : 1; }
+  int64_t count() const { return plan.blocks() / blocks(); }
+  Block first_block(int64_t chunk) const { return plan.block(chunk * blocks()); }
+  int64_t pixels(const Block& first) const {
+    return by_image ? plan.shape().out_height * plan.shape().out_width : first.pixels();
+  }
+};
+
+// Asks for the input of the block after this one: its first tile would wait for every pixel.
+void prefetch_next(const Plan& plan, const float* input, int64_t pixel, int64_t pixels) {
+  const int64_t channels = plan.shape().channels;
+  const float* next = input + (pixel + pixels) * channels;
+  for (int64_t i = 0; i < pixels * channels; i += 16) __builtin_prefetch(next + i, 0, 2);
+}
+
 }  // namespace
 
 void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
@@ -179,60 +217,42 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
   const Plan plan(shape, {.pixels = wish});
   const ConvolutionShape& s = plan.shape();
   const bool want_input = pass.grad_input != nullptr, want_weight = pass.grad_weight != nullptr;
-
-  std::vector<InputGradient> input_gradients;
-  bool untouched = false;  // input pixels that no tap reaches
-  if (want_input) {
-    const auto vertical =
-        phases(s.height, s.kernel_height, s.stride_height, s.padding_height, s.dilation_height);
-    const auto horizontal =
-        phases(s.width, s.kernel_width, s.stride_width, s.padding_width, s.dilation_width);
-    untouched = s.kernel_height < s.stride_height || s.kernel_width < s.stride_width;
-    for (const Phase& v : vertical) {
-      for (const Phase& h : horizontal) input_gradients.emplace_back(s, v, h, pass.weight);
-    }
-  }
-
-  // Rows of the output's gradient are needed more than once for the input's: then a chunk is an
-  // image. Where pixels are independent, or nobody asks for it, a chunk is a block.
-  const bool by_image = want_input && !plan.is_matrix_product();
-  const int64_t chunk_blocks = by_image ? plan.image_blocks() : 1;
-  const int64_t chunks = plan.blocks() / std::max<int64_t>(1, chunk_blocks);
-  const int64_t weights = shape.weights();
+  const Chunks chunks{plan, want_input && !plan.is_matrix_product()};
+  const int64_t count = plan.blocks() > 0 ? chunks.count() : 0;
+  const int64_t weights = shape.weights(), image = s.height * s.width * s.channels;
   const int64_t most = std::clamp(kPartialsSize / weights, kMinTasks, kMaxTasks);
-  const int64_t tasks = want_weight ? std::min(chunks, most) : chunks;
-  Scratch partials(want_weight ? tasks * weights : 1);
+  const int64_t tasks = want_weight ? std::min(count, most) : count;
+  Scratch partials(want_weight ? tasks * weights : 0);
+  const InputGradients input = want_input ? InputGradients(s, pass.weight) : InputGradients();
 
+  const auto run_chunk = [&](int64_t chunk, Windows& windows, float* gradient, float* partial,
+                             bool start) {
+    const Block first = chunks.first_block(chunk);
+    const int64_t pixel = plan.first_pixel(first), pixels = chunks.pixels(first);
+    pass.grad_output(pixel, pixels, gradient);
+    if (want_weight && plan.is_matrix_product()) prefetch_next(plan, pass.input, pixel, pixels);
+    for (int64_t i = 0; want_weight && i < chunks.blocks(); ++i) {
+      const Block block = plan.block(chunk * chunks.blocks() + i);
+      const int64_t before = plan.first_pixel(block) - pixel;
+      windows.move_to(block);
+      weight_gradient(plan, windows, block, gradient + before * s.out_channels, partial,
+                      start && i == 0);
+    }
+    if (!want_input) return;
+    float* to = pass.grad_input + (chunks.by_image ? chunk * image : pixel * s.channels);
+    if (input.untouched) std::memset(to, 0, image * sizeof(float));
+    for (const InputGradient& part : input.parts) {
+      part.compute(gradient, chunks.by_image ? 0 : pixels, to);
+    }
+  };
   parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
-    const int64_t pixels = by_image ? s.out_height * s.out_width : plan.block(0).pixels();
-    Scratch gradient(pixels * s.out_channels);
+    Scratch gradient(chunks.pixels(plan.block(0)) * s.out_channels);
     Windows windows(plan, pass.input);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_chunk = task * chunks / tasks;
-      for (int64_t chunk = first_chunk; chunk < (task + 1) * chunks / tasks; ++chunk) {
-        const Block first = plan.block(chunk * chunk_blocks);
-        const int64_t pixel = plan.first_pixel(first);
-        const int64_t count = by_image ? pixels : first.pixels();
-        pass.grad_output(pixel, count, gradient.data());
-        if (plan.is_matrix_product() && want_weight) {
-          // The next block's input: its first tile would wait for every pixel.
-          const float* next = pass.input + (pixel + count) * s.channels;
-          for (int64_t i = 0; i < count * s.channels; i += 16) __builtin_prefetch(next + i, 0, 2);
-        }
-        for (int64_t i = 0; want_weight && i < chunk_blocks; ++i) {
-          const Block block = plan.block(chunk * chunk_blocks + i);
-          windows.move_to(block);
-          weight_gradient(plan, windows, block,
-                          gradient.data() + (plan.first_pixel(block) - pixel) * s.out_channels,
-                          partials.data() + task * weights, chunk == first_chunk && i == 0);
-        }
-        if (!want_input) continue;
-        const int64_t image = s.height * s.width * s.channels;
-        float* grad_input = pass.grad_input + (by_image ? first.image * image : pixel * s.channels);
-        if (untouched) std::memset(grad_input, 0, image * sizeof(float));
-        for (const InputGradient& part : input_gradients) {
-          part.compute(gradient.data(), by_image ? 0 : count, grad_input);
-        }
+      const int64_t first = task * count / tasks, last = (task + 1) * count / tasks;
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        run_chunk(chunk, windows, gradient.data(), partials.data() + task * weights,
+                  chunk == first);
       }
     }
   });
