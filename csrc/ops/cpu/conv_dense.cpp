@@ -74,9 +74,7 @@ Windows::Windows(const Plan& plan, const float* input) : plan_(plan), input_(inp
   left_ = std::max<int64_t>(0, s.padding_width);
   if (left_ + right > 0) slots_ = plan.input_rows(plan.block_rows());
   padded_ = (left_ + s.width + right) * s.channels;
-  if (slots_ > 0 || s.kernel_height > 1 || s.padding_height != 0) {
-    rows_.resize((slots_ + 1) * padded_);
-  }
+  if (!plan.is_matrix_product()) rows_.resize((slots_ + 1) * padded_);
   kept_.assign(slots_, -1);
   pointers_.resize(plan.block_rows() * plan.runs());
 }
