@@ -18,7 +18,8 @@ struct Constant {
   static constexpr auto value = kValue;
 };
 
-// Fetches a stretch of memory in as many equal portions as there will be tiles.
+// Fetches a stretch of memory in as many equal portions as there will be tiles. Into the first cache
+// level, for all that it evicts: fetching to the second alone ran at three quarters of the bandwidth.
 class Ahead {
  public:
   Ahead(const DepthwiseAhead& ahead, int64_t tiles)
@@ -29,7 +30,7 @@ class Ahead {
   template <bool kWrite>
   void fetch() {
     const int64_t size = portion_ < left_ ? portion_ : left_;
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(next_ + i, kWrite, 2);
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(next_ + i, kWrite, 3);
     next_ += size;
     left_ -= size;
   }
