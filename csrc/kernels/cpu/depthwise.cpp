@@ -18,8 +18,9 @@ struct Constant {
   static constexpr auto value = kValue;
 };
 
-// Fetches a stretch of memory in as many equal portions as there will be tiles. Into the first cache
-// level, for all that it evicts: fetching to the second alone ran at three quarters of the bandwidth.
+// Fetches a stretch of memory in as many equal portions as there will be tiles. Into the first
+// cache level, for all that it evicts: fetching to the second alone ran at three quarters of the
+// bandwidth.
 class Ahead {
  public:
   Ahead(const DepthwiseAhead& ahead, int64_t tiles)
@@ -46,8 +47,8 @@ int64_t registers(int64_t channels) { return (channels + kLanesF - 1) / kLanesF;
 // f(c, row, Whole or Part): all rows for a cache line of channels before the next line, so what the
 // next row needs again is still in the first cache level.
 template <class F>
-__attribute__((always_inline)) inline void for_each_register_of_rows(int64_t channels,
-                                                                     int64_t rows, const F& f) {
+__attribute__((always_inline)) inline void for_each_register_of_rows(int64_t channels, int64_t rows,
+                                                                     const F& f) {
   for (int64_t line = 0; line < channels; line += kDepthwiseGroup) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t c = line; c < line + kDepthwiseGroup && c < channels; c += kLanesF) {
@@ -113,8 +114,8 @@ __attribute__((noinline)) void tile(const DepthwiseForward& d, int64_t c, int64_
 #pragma GCC unroll 16
   for (int t = 0; t < kPixels; ++t) sums[t] = VecF{};
 
-  const float* w =
-      d.weight + c / kDepthwiseGroup * kDepthwiseGroup * taps.rows * taps.taps + c % kDepthwiseGroup;
+  const float* w = d.weight + c / kDepthwiseGroup * kDepthwiseGroup * taps.rows * taps.taps +
+                   c % kDepthwiseGroup;
   const float* const* input = taps.input + p * taps.row_step;
   for (int64_t r = 0; r < taps.rows; ++r, w += taps.taps * kDepthwiseGroup) {
     const float* row = input[r * taps.row_tap_step];
