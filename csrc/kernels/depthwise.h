@@ -30,8 +30,8 @@ struct DepthwiseTaps {
   int64_t channels;
 };
 
-// Memory that will be wanted soon, fetched to the second cache level a little with every tile: the
-// hardware prefetches within a page, and a row of pixels is several.
+// Memory that will be wanted soon, fetched a little with every tile: the hardware prefetches within
+// a page, and a row of pixels is several.
 struct DepthwiseAhead {
   const float* data;
   int64_t size;  // floats

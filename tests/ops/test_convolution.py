@@ -47,6 +47,13 @@ CASES = [
     Case((0, 4, 5, 5), (3, 4, 3, 3)),
     Case((2, 12, 9, 9), (12, 1, 3, 3), padding=(1, 1), groups=12),
     Case((2, 8, 9, 9), (16, 4, 3, 3), padding=(1, 1), groups=2),
+    Case((3, 40, 17, 15), (40, 1, 3, 3), stride=(2, 2), padding=(1, 1), groups=40),
+    Case((9, 24, 14, 14), (24, 1, 5, 5), padding=(2, 2), groups=24),
+    Case((2, 17, 12, 30), (17, 1, 5, 5), stride=(2, 2), padding=(2, 2), groups=17),
+    Case((66, 8, 7, 7), (8, 1, 3, 3), padding=(1, 1), groups=8),
+    Case((2, 33, 19, 13), (33, 1, 7, 4), stride=(1, 3), padding=(5, 0), groups=33),
+    Case((2, 6, 16, 16), (6, 1, 3, 3), (2, 3), (4, 3), dilation=(2, 2), groups=6),
+    Case((1, 3, 1, 2), (3, 1, 3, 5), padding=(1, 2), groups=3),
 ]
 
 
@@ -58,6 +65,10 @@ def dense_can_grad_input(case):
     return dense_can(case) and (max(case.stride) == 1 or max(case.dilation) == 1)
 
 
+def is_depthwise(case):
+    return case.groups == case.input[1] == case.weight[0]
+
+
 class Algorithm(NamedTuple):
     can_forward: object
     can_grad_input: object
@@ -67,6 +78,7 @@ class Algorithm(NamedTuple):
 
 ALGORITHMS = {
     "dense": Algorithm(dense_can, dense_can_grad_input, dense_can, factor=2),
+    "depthwise": Algorithm(is_depthwise, is_depthwise, is_depthwise, factor=2),
 }
 
 
@@ -179,6 +191,8 @@ LARGE = [
     Case((6, 32, 20, 20), (64, 32, 3, 3), padding=(1, 1)),
     Case((1, 64, 30, 30), (256, 64, 1, 1), stride=(2, 2)),
     Case((4, 96, 30, 30), (96, 1, 3, 3), padding=(1, 1), groups=96),
+    Case((9, 40, 21, 21), (40, 1, 3, 3), stride=(2, 2), padding=(1, 1), groups=40),
+    Case((1, 72, 33, 33), (72, 1, 5, 5), padding=(2, 2), groups=72),
 ]
 
 

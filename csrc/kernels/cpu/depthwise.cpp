@@ -18,7 +18,9 @@ struct Constant {
   static constexpr auto value = kValue;
 };
 
-// Fetches a stretch of memory in as many equal portions as there will be tiles.
+// Fetches a stretch of memory in as many equal portions as there will be tiles. Into the first
+// cache level, for all that it evicts: fetching to the second alone ran at three quarters of the
+// bandwidth.
 class Ahead {
  public:
   Ahead(const DepthwiseAhead& ahead, int64_t tiles)
@@ -29,7 +31,7 @@ class Ahead {
   template <bool kWrite>
   void fetch() {
     const int64_t size = portion_ < left_ ? portion_ : left_;
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(next_ + i, kWrite, 2);
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(next_ + i, kWrite, 3);
     next_ += size;
     left_ -= size;
   }
@@ -45,8 +47,8 @@ int64_t registers(int64_t channels) { return (channels + kLanesF - 1) / kLanesF;
 // f(c, row, Whole or Part): all rows for a cache line of channels before the next line, so what the
 // next row needs again is still in the first cache level.
 template <class F>
-__attribute__((always_inline)) inline void for_each_register_of_rows(int64_t channels,
-                                                                     int64_t rows, const F& f) {
+__attribute__((always_inline)) inline void for_each_register_of_rows(int64_t channels, int64_t rows,
+                                                                     const F& f) {
   for (int64_t line = 0; line < channels; line += kDepthwiseGroup) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t c = line; c < line + kDepthwiseGroup && c < channels; c += kLanesF) {
@@ -112,8 +114,8 @@ __attribute__((noinline)) void tile(const DepthwiseForward& d, int64_t c, int64_
 #pragma GCC unroll 16
   for (int t = 0; t < kPixels; ++t) sums[t] = VecF{};
 
-  const float* w =
-      d.weight + c / kDepthwiseGroup * kDepthwiseGroup * taps.rows * taps.taps + c % kDepthwiseGroup;
+  const float* w = d.weight + c / kDepthwiseGroup * kDepthwiseGroup * taps.rows * taps.taps +
+                   c % kDepthwiseGroup;
   const float* const* input = taps.input + p * taps.row_step;
   for (int64_t r = 0; r < taps.rows; ++r, w += taps.taps * kDepthwiseGroup) {
     const float* row = input[r * taps.row_tap_step];
