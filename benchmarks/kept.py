@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import models
+from benchmarks.harness import Contender, interleave
 
 
 def _storages(values: Any) -> dict[StorageWeakRef, int]:
@@ -66,10 +69,11 @@ def kept_bytes(forward: Callable[[], Tensor], *, keeping: Any = ()) -> int:
 
 
 def main() -> None:
-    """Print the bytes one model keeps, by the ways to weld it."""
+    """Print the bytes one model keeps, and the time of its step, by the ways to weld it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kept", description=main.__doc__)
     parser.add_argument("--model", default="resnet50", help="a function of benchmarks/models.py")
     parser.add_argument("--shape", default=[8, 3, 224, 224], nargs=4, type=int, help="of the input")
+    parser.add_argument("--rounds", default=0, type=int, help="steps to time, interleaved")
     args = parser.parse_args()
     torch.manual_seed(0)
     stock = getattr(models, args.model)().train()
@@ -77,11 +81,25 @@ def main() -> None:
         f"weld(model, memory_saving={how!r})": tw.weld(stock, memory_saving=how)
         for how in (True, "recompute")
     }
-    x, first = torch.randn(args.shape), 0
-    for name, model in ways.items():
-        kept = kept_bytes(lambda model=model: model(x).square().mean())  # type: ignore[misc]
-        first = first or kept
-        print(f"{name:40} {kept / 2**20:8.1f} MiB  {kept / first:.3f}")
+    x = torch.randn(args.shape)
+
+    def loss(model: torch.nn.Module) -> Tensor:
+        result: Tensor = model(x).square().mean()
+        return result
+
+    def step(model: torch.nn.Module) -> tuple[()]:
+        model.zero_grad()
+        loss(model).backward()
+        return ()
+
+    kept = {name: kept_bytes(partial(loss, model)) for name, model in ways.items()}
+    steps = [Contender(name, partial(step, model), 0.0) for name, model in ways.items()]
+    times = interleave(steps, args.rounds, dict.fromkeys(ways, 1))
+    for name, size in kept.items():
+        # The first round is cold.
+        ours, welded = (statistics.median(times[n][1:] or [0]) for n in (name, "weld(model)"))
+        timed = f"{ours:8.0f} ms  {ours / welded:.3f}" if ours else ""
+        print(f"{name:38} {size / 2**20:7.1f} MiB  {size / kept['stock']:.3f} {timed}")
 
 
 if __name__ == "__main__":

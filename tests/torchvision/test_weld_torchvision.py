@@ -165,3 +165,13 @@ def test_detector():
     stock.eval(), welded.eval()
     for ours, theirs in zip(welded(images), stock(images), strict=True):
         torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_our_models_are_torchvisions(name):
+    models = pytest.importorskip("benchmarks.models")
+    ours, theirs = getattr(models, name)(), getattr(tv, name)()
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))

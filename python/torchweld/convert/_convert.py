@@ -39,7 +39,9 @@ def weld(
         inference: fold the batch normalizations into the convolutions. The result is a snapshot in
             evaluation mode with tensors of its own, none of which requires a gradient; ``train()``
             raises.
-        memory_saving: not available yet.
+        memory_saving: in training, keep for the backward what a fused output can be made from
+            again, instead of the output: the convolution's output (True), or the convolution's
+            input, and convolve again (``"recompute"``). Gradients have the same bits as without.
 
     Returns:
         A copy of the model which shares its parameters and buffers: train either, or load a
@@ -50,7 +52,8 @@ def weld(
         TypeError: ``model`` is no ``nn.Module``, or ``example_inputs`` neither tensor, list
             nor tuple.
         ValueError: a copy of the model would not share its parameters (TorchScript modules), or
-            ``inference=True`` and a module is lazy.
+            ``inference=True`` and a module is lazy, or with ``memory_saving``; or that is none of
+            False, True, ``"recompute"``.
         RuntimeError: the outputs on ``example_inputs`` differ.
 
     Note:
@@ -60,6 +63,12 @@ def weld(
         registered on a fused module later gets its module to run by itself again.
         ``torch.jit.trace``, ``torch.compile`` and ``torch.export`` take a welded model;
         ``torch.jit.script`` does not.
+
+        ``memory_saving`` works through :class:`torch.autograd.graph.saved_tensors_hooks`, within
+        one call of the model, or of a welded part called by itself. It stands back inside the hooks
+        of others (activation checkpointing, offloading) and where torch.compile decides what to
+        keep. Writes that autograd does not count (``tensor.data``, NumPy views) must not touch the
+        output of a fused pattern before its next reader has run.
 
     Example:
         >>> import torch, torchweld as tw
