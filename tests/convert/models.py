@@ -94,6 +94,33 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x)
 
 
+class DenseLayer(nn.Module):
+    """Takes a list, a longer one in every layer."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv1, self.bn1 = conv_bn(channels, 6, 1)
+        self.conv2 = nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, features):
+        if isinstance(features, torch.Tensor):
+            features = [features]
+        x = F.relu(self.norm(torch.cat(features, 1)))
+        return self.conv2(F.relu(self.bn1(self.conv1(x))))
+
+
+class DenseBlock(nn.ModuleDict):
+    def __init__(self):
+        super().__init__({f"layer{i}": DenseLayer(4 * (i + 1)) for i in range(3)})
+
+    def forward(self, x):
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
 class ResNet(nn.Module):
     def __init__(self):
         super().__init__()

@@ -9,7 +9,7 @@ import torch
 import torchweld as tw
 from torch import nn
 
-from tests.convert.models import Digits, ResNet
+from tests.convert.models import DenseBlock, Digits, ResNet
 from tests.convert.test_guards import fused_calls
 
 X = torch.randn(2, 1, 8, 8)
@@ -95,6 +95,21 @@ def test_jit_trace(welded):
         file.seek(0)
         assert torch.equal(torch.jit.load(file)(X), model(X))
     assert "torchweld::conv_relu" in str(traced.inlined_graph)
+
+
+def test_compiled_without_a_call_before():
+    """Forwards that are called with lists are traced for the lists their parents give them."""
+    welded = tw.weld(DenseBlock()).eval()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.randn(2, 4, 6, 6)
+    ours = torch.compile(copy.deepcopy(welded), fullgraph=True, backend=backend)(x)
+    assert str(graphs[0].graph).count("torchweld.conv_bn_relu_frozen") == 3
+    torch.testing.assert_close(ours, tw.unweld(welded)(x))
 
 
 def test_jit_script():

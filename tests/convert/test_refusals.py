@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torchweld as tw
 from torch import nn
 
-from tests.convert.models import conv_bn
+from tests.convert.models import DenseBlock, conv_bn
 
 
 class Uses(nn.Module):
@@ -273,6 +273,16 @@ def test_functional_forms(forward, detail):
     assert [row.detail for row in tw.report(welded)] == [detail]
     x = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(welded(x), model(x))
+
+
+def test_before_the_convolution():
+    """As in DenseNet: batch normalizations that come first are left alone, and it is said why."""
+    report = tw.report(tw.weld(DenseBlock()))
+    assert [row.detail for row in report.converted] == ["conv-bn-relu"] * 3
+    assert {row.name: row.detail for row in report.skipped} == {
+        f"layer{i}.norm": "no convolution right before it: it normalizes the output of cat"
+        for i in range(3)
+    }
 
 
 def test_traced_in_one_mode_only():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 
 from torchweld.convert import _fused, _match, _rules, _welded
 from torchweld.convert._inline import inline
-from torchweld.convert._trace import Traced, trace, usual_call
+from torchweld.convert._trace import Traced, form, trace, usual_call
 from torchweld.convert._values import stock_class
 from torchweld.convert._watch import UntraceableError
 from torchweld.report import Row
@@ -22,6 +22,7 @@ def weld_patterns(model: nn.Module, inference: bool) -> list[Row]:
     """Weld a model in place; return a row for every batch normalization."""
     owners = [*_owners(model, (False,) if inference else (True, False))]
     once = _used_once(model, owners)
+    calls = _calls(owners)
     rows: dict[str, Row] = {}  # by names of conv and bn: a parent may have claimed its child's
     failed: list[str] = []
     for owner in owners:
@@ -32,7 +33,7 @@ def weld_patterns(model: nn.Module, inference: bool) -> list[Row]:
             continue
         found = owner.find(once, inference)
         units = [unit for unit, _ in found.values() if unit is not None]
-        failure = _install(owner, units, inference)
+        failure = _install(owner, units, calls[id(owner.module)], inference)
         for key, (unit, detail) in found.items():
             names = key if unit is None or unit.act is None else (*key, unit.act)
             name = " + ".join(map(owner.qualified, names)) or owner.path
@@ -138,6 +139,20 @@ def _used_once(model: nn.Module, owners: list[_Owner]) -> set[int]:
     return {key for key in called if called[key] == 1 and registered[key] == 1}
 
 
+def _calls(owners: list[_Owner]) -> defaultdict[int, list[object]]:
+    """Return the forms in which the traced forwards call each module, by its id."""
+    calls: defaultdict[int, list[object]] = defaultdict(list)
+    for owner in owners:
+        for traced in owner.traced.values():
+            for node in traced.graph.nodes:
+                if node.op == "call_module":
+                    known = calls[id(owner.module.get_submodule(str(node.target)))]
+                    call = form((node.args, node.kwargs))
+                    if call not in known:
+                        known.append(call)
+    return calls
+
+
 def _reason_here(
     owner: nn.Module, graph: fx.Graph, match: _match.Found, once: set[int], inference: bool
 ) -> str:
@@ -164,7 +179,9 @@ def _has_direct_pair(module: nn.Module) -> bool:
     return any(map(_rules.is_conv, children)) and any(map(_rules.is_batch_norm, children))
 
 
-def _install(owner: _Owner, units: list[_match.Unit], inference: bool) -> str:
+def _install(
+    owner: _Owner, units: list[_match.Unit], calls: Iterable[object], inference: bool
+) -> str:
     """Weld one module; return why that failed, or nothing."""
     if not units:
         return ""
@@ -178,7 +195,7 @@ def _install(owner: _Owner, units: list[_match.Unit], inference: bool) -> str:
         for unit in units:
             if not _rules.is_folded(*map(module.get_submodule, unit.pair)):
                 _fold(module, unit)
-    weld.prepare(module)
+    weld.prepare(module, calls)
     return ""
 
 

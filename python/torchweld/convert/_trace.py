@@ -48,6 +48,18 @@ def usual_call(forward: Callable[..., Any]) -> object:
     return tuple, (tuple, *[TENSOR] * count), (dict, *[(name, TENSOR) for name in names])
 
 
+def form(arguments: Any) -> object:
+    """Return the call that a node's arguments make, each value in them taken for a tensor."""
+    if isinstance(arguments, fx.Node):
+        return TENSOR
+    if isinstance(arguments, (list, tuple)):
+        kind = list if isinstance(arguments, list) else tuple
+        return kind, *map(form, arguments)
+    if isinstance(arguments, dict):
+        return dict, *[(key, form(value)) for key, value in arguments.items()]
+    return type(arguments), arguments
+
+
 _lock = threading.RLock()  # torch.fx, and the watch below, patch nn.Module itself while they trace
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -101,14 +101,14 @@ class Weld:
     def _reaches(self, path: str) -> bool:
         return any(bn.startswith(f"{path}.") for _, bn in self.pairs)
 
-    def prepare(self, owner: nn.Module) -> None:
-        """Make the plans of the usual call, in training and in evaluation."""
+    def prepare(self, owner: nn.Module, calls: Iterable[object] = ()) -> None:
+        """Make the plans of the usual call and of others, in training and in evaluation."""
         forward = stock_class(owner).forward
-        spec = usual_call(forward)
-        for training in (True, False):
-            with mode(owner, training), suppress(UntraceableError):
-                if self._known(owner, spec) is None:
-                    self.add(owner, spec, trace(owner, forward, spec))
+        for spec in (*calls, usual_call(forward)):
+            for training in (True, False):
+                with mode(owner, training), suppress(UntraceableError):
+                    if self._known(owner, spec) is None and len(self.plans) < _MOST_PLANS:
+                        self.add(owner, spec, trace(owner, forward, spec))
 
     def plan_for(self, owner: nn.Module, stock: Forward, spec: object) -> Plan | None:
         """Return the plan for a call, making it if it is the first of its form."""
