@@ -149,8 +149,7 @@ class Backward {
         blocks_((s_.out_height + rows_ - 1) / rows_),
         vertical_(
             phases(s_.kernel_height, s_.stride_height, s_.padding_height, s_.dilation_height)),
-        horizontal_(
-            phases(s_.kernel_width, s_.stride_width, s_.padding_width, s_.dilation_width)) {
+        horizontal_(phases(s_.kernel_width, s_.stride_width, s_.padding_width, s_.dilation_width)) {
     for (const Phase& v : vertical_) {
       for (const Phase& h : horizontal_) weights_.push_back(packed(v, h));
     }
@@ -307,8 +306,8 @@ class Backward {
   void phase_rows(const Window& window, int64_t image, size_t v, int64_t begin,
                   int64_t count) const {
     const Phase& vertical = vertical_[v];
-    std::vector<const float*> rows(count + std::max<int64_t>(0, vertical.taps - 1) *
-                                               vertical.tap_step);
+    std::vector<const float*> rows(count +
+                                   std::max<int64_t>(0, vertical.taps - 1) * vertical.tap_step);
     for (size_t i = 0; i < rows.size(); ++i) {
       const int64_t p = vertical.first + begin + static_cast<int64_t>(i);
       rows[i] = p >= 0 && p < s_.out_height ? row(window, p) : nullptr;
