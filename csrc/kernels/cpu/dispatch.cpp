@@ -10,12 +10,14 @@
   extern const DepthwiseKernels depthwise;              \
   extern const GemmKernels gemm_kernels;                \
   extern const QuantizedLinearKernels quantized_linear; \
+  extern const WinogradKernels winograd;                \
   inline constexpr KernelTable table{                   \
       .adamw = &adamw,                                  \
       .conv_bn_relu = &conv_bn_relu,                    \
       .depthwise = &depthwise,                          \
       .gemm = &gemm_kernels,                            \
       .quantized_linear = &quantized_linear,            \
+      .winograd = &winograd,                            \
   };                                                    \
   }
 

@@ -93,6 +93,7 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
 
   const Epilogue& e = g.epilogue;
   const VecF low = broadcast<VecF>(e.low), high = broadcast<VecF>(e.high);
+  const bool clamp = e.low > -__builtin_inff() || e.high < __builtin_inff();
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -103,8 +104,10 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
         const float* residual = e.residual + (row + i) * g.c_row + column;
         value += load_column<kVectors, kPart>(residual, v, last);
       }
-      value = value < low ? low : value;
-      value = value > high ? high : value;
+      if (clamp) {
+        value = value < low ? low : value;
+        value = value > high ? high : value;
+      }
       float* to = c + i * g.c_row + v * kLanesF;
       if (kPart && v + 1 == kVectors) {
         store(to, value, last);

@@ -7,6 +7,7 @@
 #include "kernels/depthwise.h"
 #include "kernels/gemm.h"
 #include "kernels/quantized_linear.h"
+#include "kernels/winograd.h"
 
 namespace torchweld::kernels {
 
@@ -16,6 +17,7 @@ struct KernelTable {
   const DepthwiseKernels* depthwise;
   const GemmKernels* gemm;
   const QuantizedLinearKernels* quantized_linear;
+  const WinogradKernels* winograd;
 };
 
 // The kernels compiled for an instruction set. Call only one this machine can run.

@@ -11,7 +11,7 @@ namespace {
 using torch::headeronly::MemoryFormat;
 
 std::vector<const ConvolutionAlgorithm*> algorithms() {
-  return {&depthwise_convolution(), &dense_convolution()};
+  return {&depthwise_convolution(), &winograd_convolution(), &dense_convolution()};
 }
 
 const ConvolutionAlgorithm& algorithm_named(const char* op, const std::string& name) {
@@ -87,14 +87,17 @@ std::tuple<Tensor, Tensor> conv_forward(Tensor input, Tensor weight, OptionalTen
   const Tensor x = channels_last(input), w = channels_last(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   if (residual) residual = channels_last(*residual);
-  const int64_t packed_size = chosen.packed_size(shape);
+  // As it is in training, where weights change at every step, and statistics are wanted.
+  const bool plain = moments && chosen.packs_itself();
+  const int64_t packed_size = plain ? 0 : chosen.packed_size(shape);
   const Tensor packed = torch::stable::empty({&packed_size, 1}, ScalarType::Float);
-  chosen.pack(shape, w.const_data_ptr<float>(), packed.mutable_data_ptr<float>());
+  if (!plain) chosen.pack(shape, w.const_data_ptr<float>(), packed.mutable_data_ptr<float>());
   const Tensor output = empty_channels_last(sizes);
   BlockMoments collected;
   chosen.forward(shape,
                  {.input = x.const_data_ptr<float>(),
-                  .packed = packed.const_data_ptr<float>(),
+                  .packed = plain ? nullptr : packed.const_data_ptr<float>(),
+                  .weight = w.const_data_ptr<float>(),
                   .output = output.mutable_data_ptr<float>(),
                   .epilogue = {.bias = bias ? bias->const_data_ptr<float>() : nullptr,
                                .residual = residual ? residual->const_data_ptr<float>() : nullptr,

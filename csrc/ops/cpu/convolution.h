@@ -35,7 +35,8 @@ struct ConvolutionShape {
 // One forward pass. Activations are dense [N, H, W, C].
 struct ConvolutionForward {
   const float* input;
-  const float* packed;  // what pack() made of the weight
+  const float* packed;  // what pack() made of the weight; or null, if packs_itself()
+  const float* weight;  // [K, R, S, C / groups]; or null, if there is a packed one
   float* output;
   kernels::Epilogue epilogue;       // its residual is laid out as the output
   BlockMoments* moments = nullptr;  // collects the statistics of the output, if not null
@@ -67,6 +68,9 @@ class ConvolutionAlgorithm {
   virtual int64_t packed_size(const ConvolutionShape& shape) const = 0;
   // From the weight [K, R, S, C / groups].
   virtual void pack(const ConvolutionShape& shape, const float* weight, float* packed) const = 0;
+
+  // Whether forward() takes a weight that is not packed, and packs pieces just before their use.
+  virtual bool packs_itself() const { return false; }
 
   virtual void forward(const ConvolutionShape& shape, const ConvolutionForward& pass) const = 0;
   virtual void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) const = 0;

@@ -76,13 +76,17 @@ Tensor packed_by(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& 
 }
 
 Tensor run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
-                   const Tensor& input, const Tensor& packed, const kernels::Epilogue& epilogue,
-                   BlockMoments* moments) {
+                   const Tensor& input, const Tensor& weight, const OptionalTensor& packed_weight,
+                   const kernels::Epilogue& epilogue, BlockMoments* moments) {
+  OptionalTensor packed = packed_weight;
+  if (!packed && !algorithm.packs_itself()) packed = packed_by(algorithm, shape, weight);
+  const Tensor w = channels_last(weight);
   const Tensor x = channels_last(input);
   const Tensor output = empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
                               ScalarType::Float, MemoryFormat::ChannelsLast);
   algorithm.forward(shape, {.input = data(x),
-                            .packed = data(packed),
+                            .packed = packed ? data(*packed) : nullptr,
+                            .weight = data(w),
                             .output = output.mutable_data_ptr<float>(),
                             .epilogue = epilogue,
                             .moments = moments});
@@ -112,9 +116,8 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
       kernels::Epilogue epilogue;
       epilogue.bias = data_or_null(bias, keep);
       BlockMoments blocks;
-      const Tensor packed = packed_by(*algorithm, shape, weight);
       const Tensor output =
-          run_forward(*algorithm, shape, input, packed, epilogue, moments ? &blocks : nullptr);
+          run_forward(*algorithm, shape, input, weight, {}, epilogue, moments ? &blocks : nullptr);
       if (moments) *moments = blocks.merged();
       return output;
     }
@@ -140,7 +143,6 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
       const bool fits = packed_weight && packed_weight->scalar_type() == ScalarType::Float &&
                         packed_weight->is_contiguous() &&
                         packed_weight->numel() == algorithm->packed_size(shape);
-      const Tensor packed = fits ? *packed_weight : packed_by(*algorithm, shape, weight);
       OptionalTensor keep_bias, keep_residual;
       kernels::Epilogue epilogue;
       epilogue.bias = data_or_null(bias, keep_bias);
@@ -154,7 +156,8 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
         if (activation == Activation::relu6) epilogue.high = 6;
         after = Activation::identity;
       }
-      output = run_forward(*algorithm, shape, input, packed, epilogue, nullptr);
+      output = run_forward(*algorithm, shape, input, weight, fits ? packed_weight : std::nullopt,
+                           epilogue, nullptr);
     }
   }
   if (!algorithm) output = dense(aten::convolution(input, weight, bias, conv));

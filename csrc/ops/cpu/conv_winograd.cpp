@@ -1,0 +1,226 @@
+// Forward: blocks of tiles are transformed, multiplied by the weight at each of the 36 points, and
+// transformed back to output pixels, all in cache.
+#include "ops/cpu/conv_winograd.h"
+
+#include "ops/cpu/scratch.h"
+#include "ops/kernels.h"
+
+namespace torchweld::ops {
+namespace winograd {
+namespace {
+
+// One convolution forward.
+class Forward {
+ public:
+  Forward(const ConvolutionShape& shape, const float* input, const Weight& weight, float* output,
+          const kernels::Epilogue& epilogue, BlockMoments* moments)
+      : shape_(shape),
+        tiles_(shape),
+        input_(input),
+        weight_(weight),
+        output_(output),
+        epilogue_(epilogue),
+        moments_(moments) {}
+
+  // Where the transformed weight stays in cache, threads take blocks of tiles. Where it is large,
+  // they share a block of many tiles and take panels: each is transformed once for all of them.
+  void run() const {
+    const bool panels = weight_.large();
+    const int64_t size = panels ? even_part(tiles_.count(), kSharedTiles) : tiles_per_block();
+    const int64_t blocks = divide_up(tiles_.count(), std::max<int64_t>(1, size));
+    if (moments_ != nullptr) moments_->start(blocks, shape_.out_channels);
+    const auto block = [&](int64_t index) {
+      return Block{index, index * size, std::min(size, tiles_.count() - index * size)};
+    };
+    if (panels) {
+      for (int64_t i = 0; i < blocks; ++i) run_panels(block(i));
+    } else {
+      run_blocks(blocks, block);
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlockTiles = 40;
+  static constexpr int64_t kSharedTiles = 128;
+  // Input channels summed in one chain; the chains are added. The transforms magnify the rounding
+  // of a chain, and one as long as the channels would double the error of a direct convolution.
+  int64_t chain() const { return weight_.large() ? Weight::kRows : Weight::kRows / 2; }
+
+  struct Block {
+    int64_t index, first, count;
+  };
+
+  // Whole rows of tiles where they are short: then the pixels of a block are one run.
+  int64_t tiles_per_block() const {
+    const int64_t columns = tiles_.columns();
+    return columns <= kBlockTiles ? kBlockTiles / columns * columns
+                                  : even_part(columns, kBlockTiles);
+  }
+
+  template <class F>
+  void run_blocks(int64_t blocks, const F& block) const {
+    parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t inputs_size = kWinogradPoints * input_stride(block(begin).count);
+      const Scratch inputs(inputs_size + products_size(block(begin)));
+      float* products = inputs.data() + inputs_size;
+      for (int64_t i = begin; i < end; ++i) {
+        gather(block(i), 0, block(i).count, inputs.data());
+        for (int64_t p = 0; p < weight_.panels(); ++p) {
+          const Panel panel = weight_.panel(p);
+          multiply(block(i), panel, weight_.points(panel), weight_.stride(panel), 0,
+                   shape_.channels, inputs.data(), products);
+          finish(block(i), panel, products);
+        }
+      }
+    });
+  }
+
+  void run_panels(const Block& block) const {
+    const Scratch inputs(kWinogradPoints * input_stride(block.count));
+    parallel_for(block.count, 4,
+                 [&](int64_t begin, int64_t end) { gather(block, begin, end, inputs.data()); });
+    parallel_for(weight_.panels(), 1, [&](int64_t begin, int64_t end) {
+      const int64_t point = point_stride(Weight::kRows, kernels::kPanel);
+      const int64_t weight_size = kWinogradPoints * point;
+      const Scratch weight(weight_size + Weight::kWorkspace + products_size(block));
+      float* workspace = weight.data() + weight_size;
+      float* products = workspace + Weight::kWorkspace;
+      for (int64_t p = begin; p < end; ++p) {
+        const Panel panel = weight_.panel(p);
+        for (int64_t row = 0; row < shape_.channels; row += Weight::kRows) {
+          const int64_t rows = std::min(Weight::kRows, shape_.channels - row);
+          weight_.transform(panel, row, rows, weight.data(), point, workspace);
+          multiply(block, panel, weight.data(), point, row, rows, inputs.data(), products);
+        }
+        finish(block, panel, products);
+      }
+    });
+  }
+
+  static int64_t products_size(const Block& block) {
+    return kWinogradPoints * point_stride(block.count, kernels::kPanel);
+  }
+  int64_t input_stride(int64_t tiles) const { return point_stride(tiles, shape_.channels); }
+
+  // The transforms of a block's tiles [begin, end), all input channels.
+  void gather(const Block& block, int64_t begin, int64_t end, float* inputs) const {
+    const auto kernel = cpu_kernels().winograd->input;
+    const int64_t image = shape_.height * shape_.width * shape_.channels;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile = block.first + i;
+      kernel(input_ + tiles_.image(tile) * image, tiles_.input(tile, shape_.channels),
+             shape_.channels, inputs + i * shape_.channels, input_stride(block.count));
+    }
+  }
+
+  // products [36][tiles][panel's columns] from `rows` input channels, added to those before them.
+  void multiply(const Block& block, const Panel& panel, const float* weight, int64_t point,
+                int64_t row, int64_t rows, const float* inputs, float* products) const {
+    const auto gemm = cpu_kernels().gemm->gemm;
+    for (int64_t p = 0; p < kWinogradPoints; ++p) {
+      float* c = products + p * point_stride(block.count, panel.columns);
+      for (int64_t first = 0; first < rows; first += chain()) {
+        const float* a = inputs + p * input_stride(block.count) + row + first;
+        gemm({.rows = block.count,
+              .columns = panel.columns,
+              .a = &a,
+              .runs = 1,
+              .depth = std::min(chain(), rows - first),
+              .a_row = shape_.channels,
+              .a_step = 1,
+              .b = weight + p * point + first * panel.width,
+              .b_row = panel.width,
+              .c = c,
+              .c_row = panel.columns,
+              .accumulate = false,
+              .epilogue = {.residual = row + first > 0 ? c : nullptr}});
+      }
+    }
+  }
+
+  // A panel of the block's output, and its statistics while it is in cache.
+  void finish(const Block& block, const Panel& panel, const float* products) const {
+    const auto kernel = cpu_kernels().winograd->output;
+    const int64_t channels = shape_.out_channels;
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int64_t tile = block.first + i;
+      const int64_t image =
+          tiles_.image(tile) * shape_.out_height * shape_.out_width * channels + panel.first;
+      kernels::Epilogue epilogue = epilogue_;
+      if (epilogue.bias != nullptr) epilogue.bias += panel.first;
+      if (epilogue.residual != nullptr) epilogue.residual += image;
+      kernel(products + i * panel.columns, point_stride(block.count, panel.columns), panel.columns,
+             output_ + image, tiles_.output(tile, channels), epilogue);
+    }
+    if (moments_ == nullptr) return;
+    tiles_.for_each_run(block.first, block.first + block.count, [&](int64_t first, int64_t pixels) {
+      moments_->add(block.index, output_ + first * channels + panel.first, pixels, channels,
+                    panel.first, panel.columns);
+    });
+  }
+
+  const ConvolutionShape& shape_;
+  Tiles tiles_;
+  const float* input_;
+  const Weight& weight_;
+  float* output_;
+  const kernels::Epilogue& epilogue_;
+  BlockMoments* moments_;
+};
+
+}  // namespace
+
+void forward(const ConvolutionShape& shape, const float* input, const Weight& weight, float* output,
+             const kernels::Epilogue& epilogue, BlockMoments* moments) {
+  if (weight.large() || weight.packed()) {
+    Forward(shape, input, weight, output, epilogue, moments).run();
+    return;
+  }
+  const Scratch packed(weight.packed_size());
+  weight.pack(packed.data());
+  Forward(shape, input, Weight(shape, nullptr, packed.data()), output, epilogue, moments).run();
+}
+
+}  // namespace winograd
+
+namespace {
+
+class Winograd : public ConvolutionAlgorithm {
+ public:
+  const char* name() const override { return "winograd"; }
+
+  bool can_forward(const ConvolutionShape& s) const override {
+    return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_height == 1 &&
+           s.stride_width == 1 && s.dilation_height == 1 && s.dilation_width == 1 &&
+           s.groups == 1 && s.padding_height <= 2 && s.padding_width <= 2 && s.channels > 0;
+  }
+  bool can_backward(const ConvolutionShape& shape, bool, bool) const override {
+    return can_forward(shape);
+  }
+
+  int64_t packed_size(const ConvolutionShape& shape) const override {
+    return winograd::Weight(shape, nullptr, nullptr).packed_size();
+  }
+  void pack(const ConvolutionShape& shape, const float* weight, float* packed) const override {
+    winograd::Weight(shape, weight, nullptr).pack(packed);
+  }
+
+  bool packs_itself() const override { return true; }
+
+  void forward(const ConvolutionShape& shape, const ConvolutionForward& pass) const override {
+    const winograd::Weight weight(shape, pass.weight, pass.packed);
+    winograd::forward(shape, pass.input, weight, pass.output, pass.epilogue, pass.moments);
+  }
+  void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) const override {
+    winograd::backward(shape, pass);
+  }
+};
+
+}  // namespace
+
+const ConvolutionAlgorithm& winograd_convolution() {
+  static const Winograd algorithm;
+  return algorithm;
+}
+
+}  // namespace torchweld::ops
