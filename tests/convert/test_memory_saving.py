@@ -35,7 +35,8 @@ class Concat(nn.Module):
 
     def forward(self, x):
         x = torch.cat([self.a(x), self.b(x)], 1)
-        return self.fc(self.c(x).flatten(1))
+        x = self.c(x)
+        return self.fc(x.view(len(x), -1))
 
 
 class InPlace(nn.Module):
@@ -139,7 +140,7 @@ def test_same_bits_less_kept(stock, at_most, level):
 
 @pytest.mark.parametrize(("level", "at_most"), [(True, 0.58), ("recompute", 0.46)])
 def test_resnet50(level, at_most):
-    """0.550 and 0.437 at 8x3x224x224, by ``python -m benchmarks.kept``."""
+    """0.557 and 0.444 at 8x3x224x224, by ``python -m benchmarks.kept``."""
     normal, saving = pair(models.resnet50, level)
     x = images(8, 3, 64, 64)
     assert kept(saving, x) <= at_most * kept(build(models.resnet50), x)
