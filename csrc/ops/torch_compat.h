@@ -36,6 +36,9 @@ void parallel_for(int64_t size, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, size, grain, f);
 }
 
+// The threads parallel_for splits its range over.
+inline int64_t get_num_threads() { return torch::stable::get_num_threads(); }
+
 // Turns autograd recording off for the calls into ATen an operator makes. Below Python's autograd
 // it is off already; a C++ program that calls the operator directly has it on.
 class NoGradGuard {

@@ -5,10 +5,11 @@
 
 namespace torchweld::ops {
 
-// The algorithm expected to be fastest, or the one torchweld::convolution_algorithm() names where
-// it can; null where that is ATen's. `prepacked`: the weight comes packed, so packing costs
-// nothing.
-const ConvolutionAlgorithm* choose_forward(const ConvolutionShape& shape, bool prepacked);
+// The algorithm expected to be fastest (rule.h), or the one torchweld::convolution_algorithm()
+// names where it can; null where that is ATen's. A "folded" convolution is one whose weight may
+// come packed, with bias and activation in place of batch statistics.
+const ConvolutionAlgorithm* choose_forward(const ConvolutionShape& shape);
+const ConvolutionAlgorithm* choose_folded(const ConvolutionShape& shape);
 const ConvolutionAlgorithm* choose_backward(const ConvolutionShape& shape, bool input_grad,
                                             bool weight_grad);
 
