@@ -76,6 +76,16 @@ def test_compile(training):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_compiled_often():
+    """Each class has its own forward: torch.compile compiles one but a few times."""
+    x = torch.randn(2, 3, 6, 6)
+    for i in range(torch._dynamo.config.recompile_limit + 2):
+        kind = type(f"Net{i}", (nn.Sequential,), {})
+        model = tw.weld(kind(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_compiled_graph_is_fused(welded):
     graphs = []
 

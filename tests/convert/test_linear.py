@@ -66,7 +66,35 @@ def test_trains_as_stock(pair):
     snapshot = tw.weld(stock, inference=True)
     assert len(tw.report(snapshot).converted) == len(rows)
     assert not any(isinstance(module, nn.BatchNorm1d) for module in snapshot.modules())
-    torch.testing.assert_close(snapshot(x), stock(x).detach())
+    for again in (snapshot, copy.deepcopy(snapshot), tw.weld(snapshot, inference=True)):
+        for rows_in in (0, 1, 7):
+            torch.testing.assert_close(again(x[:rows_in]), stock(x[:rows_in]).detach())
+        assert folded_calls(lambda again=again: again(x)) == len(rows)
+
+
+def folded_calls(function):
+    with torch.profiler.profile() as profile:
+        function()
+    return sum(event.name == "torchweld::conv_relu" for event in profile.events())
+
+
+def test_quantized_afterwards():
+    stock = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()).eval()
+    x = torch.randn(8, 64)
+    snapshot = tw.weld(stock, inference=True)
+    assert folded_calls(lambda: snapshot(x)) == 1
+    quantized = tw.quantize(snapshot)
+    assert type(quantized[0]) is tw.nn.QuantizedLinear
+    assert folded_calls(lambda: quantized(x)) == 0
+    torch.testing.assert_close(quantized(x), stock(x).detach(), rtol=0.1, atol=0.1)
+
+
+def test_a_linear_layer_of_the_users_own():
+    """One that stands before an Identity is not a folded one: it trains."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Identity(), nn.BatchNorm1d(5))
+    welded = tw.weld(model)
+    assert "Identity between the convolution" in tw.report(welded).skipped[0].detail
+    welded(torch.randn(4, 6)).sum().backward()
 
 
 def test_other_shapes_are_stocks():

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchweld.convert import _rules
 from torchweld.convert._frozen import eps_of
 from torchweld.nn import ConvReLU2d
 from torchweld.nn.conv_bn_relu import _fold
 from torchweld.nn.functional import _bn_state, _both_sides, _conv_bn_relu, _conv_state, _pad
 from torchweld.nn.sync_batch_norm import SyncBatchNorm, exchanges, sync_batch_norm_relu
+from torchweld.ops import conv_relu
 
 # Where the fused ops run; "meta" is where shapes are worked out.
 _DEVICES = ("cpu", "meta")
@@ -104,12 +106,32 @@ def fold(conv: nn.Module, bn: nn.Module) -> nn.Module:
         linear = nn.Linear(conv.in_features, conv.out_features, device="meta")
         linear.weight = nn.Parameter(weight[:, :, 0, 0], requires_grad=False)
         linear.bias = nn.Parameter(bias, requires_grad=False)
+        linear.__dict__[_rules.FOLDED] = True
         return linear
     assert isinstance(conv, nn.Conv2d)
     return ConvReLU2d(
         weight, bias, conv.stride, _both_sides(conv), conv.dilation, conv.groups,
         conv.padding_mode, "identity",
     )  # fmt: skip
+
+
+def folded_linear(
+    input: Tensor,
+    linear: nn.Linear,
+    bn: nn.Identity,
+    activation: str,
+    negative_slope: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """Run a pattern of an inference snapshot, where ``linear`` holds the folded tensors."""
+    if not _takes(input, linear, bn) or not (residual is None or _fits(residual, input, linear)):
+        return _finish(linear(input), residual, activation, negative_slope)
+    weight, bias, stride, _, dilation, groups, _ = _state_of_conv(linear)
+    output = conv_relu(
+        _as_image(input), weight, bias, None if residual is None else _as_image(residual),
+        stride, 0, dilation, groups, activation, negative_slope,
+    )  # fmt: skip
+    return _as_rows(output)
 
 
 def folded(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,13 +144,15 @@ def fuse(owner: nn.Module, graph: fx.Graph, pairs: Collection[tuple[str, str]]) 
         unit = found.unit
         chain = [found.conv_node, found.bn_node, found.add_node, found.act_node]
         nodes = [node for node in chain if node is not None]
-        folded = _rules.is_folded(*(_module(owner, node) for node in nodes[:2]))
+        run: Callable[..., Any] = _fused.fused
+        if _rules.is_folded(*(_module(owner, node) for node in nodes[:2])):
+            run = _fused.folded_linear if unit.kinds[0] is nn.Linear else _fused.folded
         # Without a residual everything after the conv touches only what the conv made, so it may
         # run where the conv stood. The residual may not be read before its own place.
         with graph.inserting_before(found.add_node or found.conv_node):
             modules = [graph.create_node("get_attr", path) for path in unit.pair]
             call = graph.call_function(
-                _fused.folded if folded else _fused.fused,
+                run,
                 (found.conv_node.args[0], *modules, unit.activation, unit.negative_slope,
                  fused.get(found.residual, found.residual)),
             )  # fmt: skip

@@ -15,6 +15,8 @@ from torchweld.convert._frozen import has_frozen_name, is_frozen
 from torchweld.convert._values import stock_class
 from torchweld.nn import ConvReLU2d, SyncBatchNorm
 
+FOLDED = "_torchweld_folded"  # marks a linear layer that holds a batch normalization as well
+
 
 def is_conv(module: nn.Module | None) -> TypeGuard[nn.Module]:
     """Whether a module is a convolution of any kind, or the 1x1 one a linear layer is."""
@@ -38,7 +40,9 @@ def words(conv: type[nn.Module], bn: type[nn.Module]) -> tuple[str, str]:
 
 def is_folded(conv: nn.Module | None, bn: nn.Module | None) -> bool:
     """Whether a pair is what folding left of conv and bn."""
-    return type(conv) is ConvReLU2d and type(bn) is nn.Identity
+    if type(conv) is nn.Linear and FOLDED not in conv.__dict__:
+        return False
+    return type(conv) in (ConvReLU2d, nn.Linear) and type(bn) is nn.Identity
 
 
 def is_hooked(module: nn.Module | None) -> bool:

@@ -259,6 +259,12 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
             return stock_forward(self, *args, **kwargs)
         return plan.run(self, *leaves)
 
+    # torch.compile gives up on a code object after a few compilations, whosever they were.
+    functions: tuple[Any, ...] = forward, run
+    for function in functions:
+        code = function.__code__
+        function.__code__ = code.replace(co_name=f"{code.co_name} of {stock.__qualname__}")
+
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = stock.__reduce_ex__(self, protocol)
         function, arguments, *rest = reduced
