@@ -60,7 +60,9 @@ def contenders(
             ways["compile+freezing"] = torch.compile(stock, options={"freezing": True})
         for way, run in ways.items():
             found.append(contender(f"{way} {name}", run, laid, tolerance))
-        found.append(contender(f"torchweld {name}", weld(stock), laid, tolerance, OURS))
+        ours = weld(stock)
+        for way, run in {"torchweld": ours, "torchweld TorchScript": _frozen(ours, laid)}.items():
+            found.append(contender(f"{way} {name}", run, laid, tolerance, OURS))
     for name, run in peers(module, x).items():
         found.append(contender(name, run, x, tolerance, PEER))
     return found
@@ -104,6 +106,13 @@ def _scripted(module: nn.Module, x: Tensor) -> Run:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and still a rival
         return torch.jit.optimize_for_inference(torch.jit.trace(module, x))
+
+
+def _frozen(module: nn.Module, x: Tensor) -> Run:
+    """As tw.export writes it for C++."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.jit.freeze(torch.jit.trace(module, x))
 
 
 def _export(module: nn.Module, x: Tensor) -> bytes:

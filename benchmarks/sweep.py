@@ -9,6 +9,8 @@ import argparse
 import csv
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks import malloc
-from benchmarks.cases import ConvCase
+from benchmarks.cases import CONV, ConvCase
 from benchmarks.harness import Contender, interleave
 
 ALGORITHMS = ("aten", "dense", "winograd", "depthwise")
@@ -59,6 +61,13 @@ def layers(seed: int) -> Iterator[ConvCase]:
         elements = max(n * c * h * w, torch.Size(case.output_shape).numel())
         if 1e5 < case.operations < MOST_OPERATIONS and elements < MOST_ELEMENTS:
             yield case
+
+
+def network_layers() -> Iterator[ConvCase]:
+    """Yield the layers of the benchmarks at several batch sizes."""
+    for case in CONV:
+        for batch in (1, 4, 8, 16):
+            yield replace(case, batch=batch)
 
 
 def able(case: ConvCase, backward: bool) -> list[str]:
@@ -130,6 +139,9 @@ def measure(case: ConvCase, rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("--count", type=int, default=300, help="layers (default: %(default)s)")
+    parser.add_argument(
+        "--networks", action="store_true", help="the benchmarks' own layers at several batch sizes"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="a layer (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
@@ -146,9 +158,11 @@ def main() -> None:
     with options.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        draws = layers(options.seed)
-        for _ in tqdm(range(options.count), unit="layer"):
-            case = next(draws)
+        if options.networks:
+            drawn = list(network_layers())
+        else:
+            drawn = list(islice(layers(options.seed), options.count))
+        for case in tqdm(drawn, unit="layer"):
             shape = {name: getattr(case, name) for name in SHAPE}
             for name, times in measure(case, options.rounds).items():
                 rounded = {algorithm: round(ms, 5) for algorithm, ms in times.items()}

@@ -8,7 +8,7 @@
 namespace torchweld::ops {
 namespace {
 
-using Rule = bool (*)(const ConvolutionShape& shape, int64_t threads, int64_t lanes);
+using Rule = std::function<bool(const ConvolutionShape& shape, int64_t threads, int64_t lanes)>;
 
 // An algorithm and where it is expected to win.
 struct Candidate {
@@ -17,9 +17,7 @@ struct Candidate {
 };
 
 // Floats of a register.
-int64_t lanes() {
-  return &cpu_kernels() == &kernels::table(kernels::Capability::avx2) ? 8 : 16;
-}
+int64_t lanes() { return &cpu_kernels() == &kernels::table(kernels::Capability::avx2) ? 8 : 16; }
 
 // The first candidate that can and is expected to win, or the one a user forces where it can.
 template <class Can, size_t kCount>
@@ -48,21 +46,35 @@ const ConvolutionAlgorithm* choose_forward(const ConvolutionShape& shape) {
                  {"dense", rule::dense_forward}});
 }
 
-const ConvolutionAlgorithm* choose_folded(const ConvolutionShape& shape) {
-  return choose(shape, [&](const ConvolutionAlgorithm& a) { return a.can_forward(shape); },
-                {{"depthwise", rule::depthwise_folded},
-                 {"winograd", rule::winograd_folded},
-                 {"dense", rule::dense_folded}});
+const ConvolutionAlgorithm* choose_folded(const ConvolutionShape& shape, int64_t packed_size) {
+  const auto can = [&](const ConvolutionAlgorithm& a) { return a.can_forward(shape); };
+  const auto is_packed_for = [&](const ConvolutionAlgorithm& a) {
+    return can(a) && a.packed_size(shape) == packed_size;
+  };
+  const Rule always = [](const ConvolutionShape&, int64_t, int64_t) { return true; };
+  const ConvolutionAlgorithm* chosen = choose(shape, can,
+                                              {{"depthwise", rule::depthwise_folded},
+                                               {"winograd", rule::winograd_folded},
+                                               {"dense", rule::dense_folded}});
+  if (!chosen || packed_size == 0) return chosen;
+  const ConvolutionAlgorithm* packed_for = choose(
+      shape, is_packed_for, {{"depthwise", always}, {"winograd", always}, {"dense", always}});
+  return packed_for ? packed_for : chosen;
 }
 
 const ConvolutionAlgorithm* choose_backward(const ConvolutionShape& shape, bool input_grad,
                                             bool weight_grad) {
+  // The first layer of a network: the rule was fitted where both gradients are asked for, and the
+  // vendor's weight gradient of few channels takes up to 1.7 times ours.
+  const auto dense = [&](const ConvolutionShape& s, int64_t threads, int64_t lanes) {
+    return (!input_grad && s.channels < 8) || rule::dense_backward(s, threads, lanes);
+  };
   return choose(
       shape,
       [&](const ConvolutionAlgorithm& a) { return a.can_backward(shape, input_grad, weight_grad); },
       {{"depthwise", rule::depthwise_backward},
        {"winograd", rule::winograd_backward},
-       {"dense", rule::dense_backward}});
+       {"dense", dense}});
 }
 
 }  // namespace torchweld::ops

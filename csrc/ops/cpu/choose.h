@@ -9,7 +9,9 @@ namespace torchweld::ops {
 // names where it can; null where that is ATen's. A "folded" convolution is one whose weight may
 // come packed, with bias and activation in place of batch statistics.
 const ConvolutionAlgorithm* choose_forward(const ConvolutionShape& shape);
-const ConvolutionAlgorithm* choose_folded(const ConvolutionShape& shape);
+// With a weight packed for another algorithm of ours than the rule's, that one: packing again would
+// cost more than it gains. `packed_size` is 0 without a packed weight.
+const ConvolutionAlgorithm* choose_folded(const ConvolutionShape& shape, int64_t packed_size);
 const ConvolutionAlgorithm* choose_backward(const ConvolutionShape& shape, bool input_grad,
                                             bool weight_grad);
 

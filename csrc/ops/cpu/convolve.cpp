@@ -138,7 +138,7 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
   const ConvolutionAlgorithm* algorithm = nullptr;
   if (is_ours(input, weight)) {
     const ConvolutionShape shape = to_shape(input, weight, conv);
-    algorithm = choose_folded(shape);
+    algorithm = choose_folded(shape, packed_weight ? packed_weight->numel() : 0);
     if (algorithm) {
       const bool fits = packed_weight && packed_weight->scalar_type() == ScalarType::Float &&
                         packed_weight->is_contiguous() &&
@@ -180,7 +180,7 @@ Tensor pack_weight(const Tensor& weight, const Convolution& conv) {
     const ConvolutionShape shape =
         to_shape({8, weight.size(1) * conv.groups, 28, 28}, weight, conv);
     const bool has_pixels = shape.out_height > 0 && shape.out_width > 0;
-    if (const ConvolutionAlgorithm* algorithm = has_pixels ? choose_folded(shape) : nullptr)
+    if (const ConvolutionAlgorithm* algorithm = has_pixels ? choose_folded(shape, 0) : nullptr)
       return packed_by(*algorithm, shape, weight);
   }
   return vector_of(0);

@@ -6,14 +6,43 @@
 
 namespace torchweld::ops::rule {
 
-inline bool dense_forward(const ConvolutionShape& s, int64_t, int64_t) { return s.kernel_width < 2 || s.channels < 16; }
-inline bool winograd_forward(const ConvolutionShape& s, int64_t, int64_t) { return s.channels >= 16 && s.out_channels >= 16; }
-inline bool depthwise_forward(const ConvolutionShape&, int64_t, int64_t) { return true; }
-inline bool dense_backward(const ConvolutionShape& s, int64_t, int64_t) { return s.kernel_width < 2 || s.channels < 16; }
-inline bool winograd_backward(const ConvolutionShape& s, int64_t, int64_t) { return s.channels >= 16 && s.out_channels >= 16; }
-inline bool depthwise_backward(const ConvolutionShape&, int64_t, int64_t) { return true; }
-inline bool dense_folded(const ConvolutionShape&, int64_t, int64_t) { return true; }
-inline bool winograd_folded(const ConvolutionShape& s, int64_t, int64_t) { return s.channels >= 16 && s.out_channels >= 16; }
-inline bool depthwise_folded(const ConvolutionShape&, int64_t, int64_t) { return true; }
+// clang-format off
+inline bool dense_forward([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return ((s.channels < 384 && (s.kernel_width < 4 || s.channels < 12)) || (s.channels >= 384 && (s.pixels() < 384 || s.kernel_width < 2)));
+}
+inline bool winograd_forward([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return ((s.channels < 48 && (s.channels >= 16 && s.pixels() >= 2048)) || (s.channels >= 48 && s.out_channels >= 16));
+}
+inline bool depthwise_forward([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return true;
+}
+inline bool dense_backward([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return ((s.kernel_width < 4 && (s.out_channels < 256 || s.kernel_width < 2)) || (s.kernel_width >= 4 && (s.pixels() < 192 || s.out_channels < 6)));
+}
+inline bool winograd_backward([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return (s.channels >= 24 && (s.channels >= 128 || s.pixels() >= 3072));
+}
+inline bool depthwise_backward([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return true;
+}
+inline bool dense_folded([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return ((s.channels < 384 && (s.kernel_width < 6 || s.out_channels >= 24)) || (s.channels >= 384 && s.out_channels >= 16));
+}
+inline bool winograd_folded([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return (s.channels >= 32 && (s.out_channels >= 16 && s.pixels() >= 384));
+}
+inline bool depthwise_folded([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return true;
+}
+// clang-format on
 
 }  // namespace torchweld::ops::rule
