@@ -54,6 +54,7 @@ def test_environment_sets_the_switches():
     [
         ("TORCHWELD_WINOGRAD", "yes", 'TORCHWELD_WINOGRAD: expected 0 or 1, got "yes"'),
         ("TORCHWELD_CONVOLUTION", "fft", 'TORCHWELD_CONVOLUTION: expected auto.*got "fft"'),
+        ("TORCHWELD_MEMORY_POOL", "9" * 20, 'TORCHWELD_MEMORY_POOL: expected a count.*got "999'),
         ("TORCHWELD_MEMORY_POOL", "4G", 'TORCHWELD_MEMORY_POOL: expected a count.*got "4G"'),
     ],
 )

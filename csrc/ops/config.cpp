@@ -3,7 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdlib>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 
@@ -34,13 +36,26 @@ bool to_switch(const char* what, const std::string& value) {
 
 int64_t to_bytes(const char* what, const std::string& value) {
   char* end;
+  errno = 0;
   const long long bytes = std::strtoll(value.c_str(), &end, 10);
-  if (value.empty() || *end != '\0' || bytes < 0) throw misfit(what, "a count of bytes", value);
+  if (value.empty() || *end != '\0' || bytes < 0 || errno == ERANGE)
+    throw misfit(what, "a count of bytes", value);
+  return bytes;
+}
+
+// The machine's memory, or what the container may use of it.
+int64_t memory() {
+  int64_t bytes = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+  for (const char* path :
+       {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    int64_t limit;
+    if (std::ifstream(path) >> limit) bytes = std::min(bytes, limit);  // not where it says "max"
+  }
   return bytes;
 }
 
 int64_t default_memory_pool() {
-  const int64_t bytes = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+  const int64_t bytes = memory();
   return std::clamp<int64_t>(bytes / 4, 0, int64_t{4} << 30);
 }
 

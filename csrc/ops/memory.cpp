@@ -2,8 +2,8 @@
 
 #include <sys/mman.h>
 
-#include <limits>
 #include <mutex>
+#include <new>
 #include <vector>
 
 #include "ops/config.h"
@@ -51,6 +51,9 @@ class Pool {
         return block;
       }
     }
+    const Block block = map(size);
+    if (block.data) return block;
+    trim(0);  // what lies idle may be what is missing
     return map(size);
   }
 
@@ -63,13 +66,12 @@ class Pool {
       release(block);
       return;
     }
-    trim();
+    trim(static_cast<size_t>(config().memory_pool.load()));
   }
 
-  // Releases what was freed longest ago.
-  void trim() {
+  // Releases what was freed longest ago, until no more than `most` bytes are held.
+  void trim(size_t most) {
     const std::lock_guard lock(mutex_);
-    const auto most = static_cast<size_t>(config().memory_pool.load());
     size_t count = 0;
     for (; held_ > most; ++count) {
       held_ -= idle_[count].size;
@@ -92,7 +94,7 @@ Pool& pool() {
 
 }  // namespace
 
-void trim_memory_pool() { pool().trim(); }
+void trim_memory_pool() { pool().trim(static_cast<size_t>(config().memory_pool.load())); }
 
 Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFormat format) {
   size_t bytes = size_of(*to_dtype(type));

@@ -117,3 +117,11 @@ def test_weight_read_elsewhere():
     assert "reads conv.weight" in tw.report(snapshot).skipped[0].detail
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(snapshot(x), stock(x))
+
+
+def test_a_module_of_the_user_keeps_its_activation():
+    folded = tw.nn.ConvReLU2d.from_float(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model = nn.Sequential(folded, nn.Identity(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    for inference in (False, True):
+        torch.testing.assert_close(tw.weld(model, inference=inference)(x), model(x))

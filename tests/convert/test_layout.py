@@ -65,6 +65,46 @@ def head_strides(net, x):
     return x.mean((2, 3)) * x.stride(1)
 
 
+def head_flatten_in_part(net, x):
+    return x.flatten(2)
+
+
+def head_optional(net, x):
+    return net.fc(x.flatten(1)) if net.training else net.fc(x.reshape(x.shape[0], -1))
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = Net(head_flatten)
+
+    def forward(self, x):
+        x.sub_(0.5)
+        return self.body(x)
+
+
+class Optional(Net):
+    def forward(self, x, features=False):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return x.view(x.size(0), -1) if features else x.mean((2, 3))
+
+
+class KeywordChild(nn.Module):
+    """Calls a child in a form that is not the usual one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = Net(head_image), Viewer()
+
+    def forward(self, x):
+        return self.head(self.body(x), flat=True)
+
+
+class Viewer(nn.Module):
+    def forward(self, x, flat=False):
+        return x.view(x.size(0), -1) if flat else x.mean((2, 3))
+
+
 def memory_formats(net, x):
     """Call the net and return what order the pool's input was in."""
     seen = []
@@ -88,7 +128,9 @@ def test_hidden_where_nobody_sees_it(head, channels):
     assert output.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("head", [head_view, head_image, head_pair, head_dropout, head_strides])
+@pytest.mark.parametrize(
+    "head", [head_view, head_image, head_pair, head_dropout, head_strides, head_flatten_in_part]
+)
 def test_left_alone_where_somebody_does(head):
     net = Net(head).eval()
     welded, x = tw.weld(net), torch.randn(2, 3, 8, 8)
@@ -145,3 +187,41 @@ def test_a_trace_and_the_stock_form():
         traced = torch.jit.trace(welded, x)
         torch.testing.assert_close(traced(x[:1]), net(x[:1]))
     assert memory_formats(tw.unweld(welded), x)[1] == [False]
+
+
+@pytest.mark.parametrize("first", ["module", "method"])
+def test_a_model_that_changes_its_input_changes_it(first):
+    stem = nn.Sequential(nn.ReLU(inplace=True), Net(head_flatten))
+    net = (stem if first == "module" else ChangesItsInput()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    ours, theirs = x.clone(), x.clone()
+    torch.testing.assert_close(tw.weld(net)(ours), net(theirs))
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, x)
+
+
+def test_a_call_of_another_form_sees_what_it_is_given():
+    net = Optional().eval()
+    welded, x = tw.weld(net), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(welded(x), net(x))
+    torch.testing.assert_close(welded(x, True), net(x, True))
+    torch.testing.assert_close(welded(x, features=True), net(x, features=True))
+
+
+def test_a_child_called_in_another_form_is_not_trusted():
+    net, x = KeywordChild().eval(), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(tw.weld(net)(x), net(x))
+
+
+def test_hooks_of_the_model_see_what_they_saw():
+    net, x = Net(head_flatten).eval(), torch.randn(2, 3, 8, 8)
+    net.pool.register_forward_hook(lambda module, args, y: y.view(y.size(0), -1).view_as(y))
+    torch.testing.assert_close(tw.weld(net)(x), net(x))
+
+
+def test_gradient_of_the_input_lies_as_the_input():
+    net, x = Net(head_flatten).eval(), torch.randn(2, 3, 8, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(net(x).sum(), x)
+    (gradient,) = torch.autograd.grad(tw.weld(net)(x).sum(), x)
+    assert gradient.stride() == expected.stride()
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)

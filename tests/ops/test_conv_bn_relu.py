@@ -528,3 +528,15 @@ def test_bad_arguments_are_named(arguments, message):
     assert f"torchweld::conv_bn_relu: {message}" in str(caught.value) or message in str(
         caught.value
     )
+
+
+def test_saved_output_brought_back_in_another_memory_order():
+    """As hooks that offload or compress what autograd saves may."""
+    layer = tw.nn.ConvBNReLU2d(24, 40, 3, padding=1)
+    x = torch.randn(4, 24, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
+    leaves = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x).square().sum(), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        output = layer(x).square().sum()
+    for gradient, other in zip(torch.autograd.grad(output, leaves), expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-3, rtol=1e-3)

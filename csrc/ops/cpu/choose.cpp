@@ -57,6 +57,8 @@ const ConvolutionAlgorithm* choose_folded(const ConvolutionShape& shape, int64_t
                                                {"winograd", rule::winograd_folded},
                                                {"dense", rule::dense_folded}});
   if (!chosen || packed_size == 0) return chosen;
+  // The size says which: where two algorithms pack one weight to the same size, their bytes are the
+  // same too.
   const ConvolutionAlgorithm* packed_for = choose(
       shape, is_packed_for, {{"depthwise", always}, {"winograd", always}, {"dense", always}});
   return packed_for ? packed_for : chosen;

@@ -165,16 +165,24 @@ namespace {
 
 using namespace dense;
 
+// Where a kernel reaches farther than the image, the window of padded rows would be mostly zeros.
+bool is_dilated_beyond_image(const ConvolutionShape& s) {
+  return (s.dilation_height > 1 && s.dilation_height * (s.kernel_height - 1) >= s.height) ||
+         (s.dilation_width > 1 && s.dilation_width * (s.kernel_width - 1) >= s.width);
+}
+
 class DenseConvolution final : public ConvolutionAlgorithm {
  public:
   const char* name() const override { return "dense"; }
 
-  bool can_forward(const ConvolutionShape& shape) const override { return shape.groups == 1; }
+  bool can_forward(const ConvolutionShape& s) const override {
+    return s.groups == 1 && !is_dilated_beyond_image(s);
+  }
 
   bool can_backward(const ConvolutionShape& s, bool input, bool) const override {
     const bool strided = s.stride_height > 1 || s.stride_width > 1;
     const bool dilated = s.dilation_height > 1 || s.dilation_width > 1;
-    return s.groups == 1 && !(input && strided && dilated);
+    return s.groups == 1 && !(input && strided && dilated) && !is_dilated_beyond_image(s);
   }
 
   int64_t packed_size(const ConvolutionShape& s) const override {

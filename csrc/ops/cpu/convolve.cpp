@@ -78,15 +78,15 @@ Tensor packed_by(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& 
 Tensor run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
                    const Tensor& input, const Tensor& weight, const OptionalTensor& packed_weight,
                    const kernels::Epilogue& epilogue, BlockMoments* moments) {
-  OptionalTensor packed = packed_weight;
-  if (!packed && !algorithm.packs_itself()) packed = packed_by(algorithm, shape, weight);
-  const Tensor w = channels_last(weight);
+  OptionalTensor packed = packed_weight, w;
+  if (!packed) w = channels_last(weight);
+  if (!packed && !algorithm.packs_itself()) packed = packed_by(algorithm, shape, *w);
   const Tensor x = channels_last(input);
   const Tensor output = empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
                               ScalarType::Float, MemoryFormat::ChannelsLast);
   algorithm.forward(shape, {.input = data(x),
                             .packed = packed ? data(*packed) : nullptr,
-                            .weight = data(w),
+                            .weight = w ? data(*w) : nullptr,
                             .output = output.mutable_data_ptr<float>(),
                             .epilogue = epilogue,
                             .moments = moments});
@@ -192,7 +192,8 @@ std::tuple<Tensor, Tensor> convolve_backward(const Normalization::Gradient& grad
                                              bool weight_grad) {
   std::tuple<Tensor, Tensor> result;
   auto& [grad_input, grad_weight] = result;
-  if (is_ours(input, weight)) {
+  // A hook may have brought the saved output back in another memory order.
+  if (is_ours(input, weight) && gradient.has_rows()) {
     const ConvolutionShape shape = to_shape(input, weight, conv);
     if (const ConvolutionAlgorithm* algorithm = choose_backward(shape, input_grad, weight_grad)) {
       const Tensor x = channels_last(input), w = channels_last(weight);

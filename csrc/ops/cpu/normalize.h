@@ -49,6 +49,8 @@ class Normalization {
 
     // Of `count` pixels of a channels_last tensor from pixel `first` on, densely at `out`.
     void rows(int64_t first, int64_t count, float* out) const;
+    // Whether rows() can be called: the tensor is in channels_last memory.
+    bool has_rows() const { return of_.tiling_.layout() == kernels::Layout::columns; }
     // Of the whole tensor.
     Tensor all() const;
     // Only the residual's gradient.

@@ -150,10 +150,8 @@ def folded(
             padded, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
         )
     elif residual is None or _fits(residual, input, conv):
-        if not torch.compiler.is_compiling():
-            conv._pack()
         fused_output: Tensor = torch.ops.torchweld.conv_relu(
-            padded, conv.weight, conv.packed_weight, conv.bias, residual, conv.stride, padding,
+            padded, conv.weight, conv._pack(), conv.bias, residual, conv.stride, padding,
             conv.dilation, conv.groups, activation, negative_slope,
         )  # fmt: skip
         return fused_output

@@ -17,8 +17,9 @@ from torch import fx, nn
 
 from torchweld.convert import _welded
 from torchweld.convert._inplace import IN_PLACE
+from torchweld.convert._rules import is_hooked
 from torchweld.convert._trace import trace, usual_call
-from torchweld.convert._values import stock_class
+from torchweld.convert._values import TENSOR, stock_class
 from torchweld.convert._watch import UntraceableError
 
 
@@ -48,9 +49,8 @@ _LIKE_INPUT_METHODS = {
     "detach", "div", "div_", "clamp", "clamp_",
 }  # fmt: skip
 # Their result lies as in the stock model whatever went in. Without an image any operation does.
-_PLAIN_MODULES = (nn.Flatten,)
-_PLAIN_FUNCTIONS = {torch.flatten, torch.mean, getattr, len}
-_PLAIN_METHODS = {"flatten", "mean", "contiguous", "size", "dim"}
+_PLAIN_FUNCTIONS = {torch.mean, getattr, len}
+_PLAIN_METHODS = {"mean", "contiguous", "size", "dim"}
 
 
 def seen_by(model: nn.Module) -> str:
@@ -73,17 +73,19 @@ def _follow(module: nn.Module, path: str, inputs: list[Any]) -> Any:
     if not _holds_image(inputs):
         return PLAIN  # whatever it does, it does on tensors that lie as they always did
     kind = stock_class(module)
+    if is_hooked(module):
+        raise SeenError(f"{path or 'the model'} has hooks")
     if kind in _LIKE_INPUT_MODULES:
         return IMAGE
-    if kind in _PLAIN_MODULES:
-        return PLAIN
-    if kind is nn.Dropout and isinstance(module, nn.Dropout):
-        if module.training and module.p > 0:
-            raise SeenError(f"{path} draws random numbers in memory order")
-        return IMAGE
+    if isinstance(module, nn.Flatten) and kind is nn.Flatten:
+        return _of_flatten(module.start_dim, module.end_dim, path)
+    if kind is nn.Dropout:
+        raise SeenError(f"{path} draws random numbers in memory order")
     if kind.forward is nn.Sequential.forward:
         value = inputs[0]
         for name, child in module.named_children():
+            if value is inputs[0] and getattr(child, "inplace", False):
+                raise SeenError(f"{path}.{name} changes its input".lstrip("."))
             value = _follow(child, f"{path}.{name}".lstrip("."), [value])
         return value
     if kind.__module__.startswith("torch.nn."):
@@ -112,10 +114,34 @@ def _follow_graph(module: nn.Module, path: str, inputs: list[Any]) -> Any:
         elif node.op == "output":
             return kind_of(node.args[0])
         elif node.op == "call_module":
+            child = module.get_submodule(str(node.target))
             arguments = [kind_of(a) for a in (*node.args, *node.kwargs.values())]
-            values[node] = _follow(module.get_submodule(str(node.target)), where, arguments)
+            if _holds_image(arguments) and not _is_usual_call(child, node):
+                raise SeenError(f"{where} is called in a form of its own")
+            if getattr(child, "inplace", False) and _is_input(node):
+                raise SeenError(f"{where} changes its input")
+            values[node] = _follow(child, where, arguments)
         else:
             values[node] = _of_call(node, kind_of((node.args, node.kwargs)), path)
+    return PLAIN
+
+
+def _is_usual_call(module: nn.Module, node: fx.Node) -> bool:
+    if stock_class(module).__module__.startswith("torch.nn."):
+        return True
+    spec = (tuple, *[TENSOR if isinstance(a, fx.Node) else None for a in node.args])
+    return not node.kwargs and usual_call(stock_class(module).forward) == (tuple, spec, (dict,))
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether what an operation changes may be what the caller gave."""
+    first = node.args[0] if node.args else None
+    return isinstance(first, fx.Node) and first.op == "placeholder"
+
+
+def _of_flatten(start: int, end: int, path: str) -> Any:
+    if start not in (0, 1) or end not in (-1, 3):
+        raise SeenError(f"{path or 'the model'} flattens an activation in part")
     return PLAIN
 
 
@@ -126,6 +152,13 @@ def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
         return arguments[0][0][key]
     if not _holds_image(arguments):
         return PLAIN
+    if node.target in (torch.flatten, "flatten"):
+        start, end = _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)
+        return _of_flatten(start, end, path)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+    in_place = name.endswith("_") or node.target in IN_PLACE or node.kwargs.get("inplace")
+    if in_place and _is_input(node):
+        raise SeenError(f"{path or 'the model'} changes its input")
     like, plain = (
         (_LIKE_INPUT_METHODS, _PLAIN_METHODS)
         if node.op == "call_method"
@@ -138,7 +171,6 @@ def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
     # A name read of a value: only those that say nothing of strides.
     if node.target in plain and (node.target is not getattr or node.args[1] in ("shape", "dtype")):
         return PLAIN
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
     raise SeenError(f"{path or 'the model'} calls {name} on an activation")
 
 

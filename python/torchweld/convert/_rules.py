@@ -42,6 +42,8 @@ def is_folded(conv: nn.Module | None, bn: nn.Module | None) -> bool:
     """Whether a pair is what folding left of conv and bn."""
     if type(conv) is nn.Linear and FOLDED not in conv.__dict__:
         return False
+    if type(conv) is ConvReLU2d and conv.activation != "identity":
+        return False  # a user's own, whose activation the pair would lose
     return type(conv) in (ConvReLU2d, nn.Linear) and type(bn) is nn.Identity
 
 

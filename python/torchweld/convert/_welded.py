@@ -221,9 +221,18 @@ def _is_ready(owner: nn.Module, unit: _match.Unit) -> bool:
     return same and not _rules.is_hooked(act)
 
 
+def _form(args: Any, kwargs: Any) -> object:
+    try:
+        return flatten(args, kwargs)[0]
+    except UnwatchableError:
+        return None
+
+
 def _in_channels_last(value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.device.type != "cpu":
         return value
+    if value.requires_grad:
+        return value  # whoever reads its gradient would see the order
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if not tracing and value.shape[1] == 1 and value.is_contiguous():
         # The same memory, but called so: a convolution goes by the strides.
@@ -235,11 +244,12 @@ def _in_channels_last(value: Any) -> Any:
 @functools.cache
 def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
     stock_forward = stock.forward
+    usual = usual_call(stock_forward)  # the form of call that was looked at
 
     @functools.wraps(stock_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         weld = getattr(self, _STATE, None)
-        if weld is not None and weld.channels_last:
+        if weld is not None and weld.channels_last and _form(args, kwargs) == usual:
             args = tuple(_in_channels_last(value) for value in args)
         if weld is not None and weld.memory_saving and self.training and _recipes.can_record():
             with _recipes.recording(recompute=weld.memory_saving == "recompute"):

@@ -1,5 +1,6 @@
 """Convolution, batch norm, residual and activation as one module."""
 
+import weakref
 from typing import Any, List, Optional  # noqa: UP035
 
 import torch
@@ -45,7 +46,8 @@ def _fold(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Fold a batch norm into the weight ``[C, ...]`` before it, in float64, rounded once."""
-    with torch.no_grad():
+    # Writes to tensors made in inference mode are not counted, and packed weights count on it.
+    with torch.inference_mode(False), torch.no_grad():
         scale = (var.double() + eps).rsqrt()
         if bn_weight is not None:
             scale = scale * bn_weight.double()
@@ -227,7 +229,9 @@ class ConvReLU2d(nn.Module):
     For inference: ``weight`` and ``bias`` are buffers of its own, in no way tied to the modules it
     was built from, and have no gradient. Built by :meth:`from_float`. Beside them it keeps the
     weight once more as the kernels read it, ``packed_weight`` (up to four times its size for a 3x3
-    kernel, see ``torchweld.config.winograd``), which is in no state_dict.
+    kernel, see ``torchweld.config.winograd``), which is in no state_dict. It is packed again when
+    the weight changes, but for writes through ``weight.data``; ``torch.compile``, ``torch.export``
+    and ``torch.jit.script`` do without it.
 
     Example:
         >>> import torch, torchweld as tw
@@ -265,26 +269,29 @@ class ConvReLU2d(nn.Module):
         self.activation = activation
         self.negative_slope = negative_slope
         self.register_buffer("packed_weight", weight.new_empty(0), persistent=False)
-        self._packed_version = -1
         self._pack()
 
-    def _pack(self) -> None:
-        """Pack the weight again if it has changed in place since."""
-        version = 0 if self.weight.is_inference() else self.weight._version
-        if version == self._packed_version or not self.weight.is_cpu:
-            return
-        self._packed_version = version
-        with torch.no_grad():
-            self.packed_weight = torch.ops.torchweld.conv_relu_pack(
-                self.weight, self.stride, [self.both_sides[2], self.both_sides[0]],
-                self.dilation, self.groups,
-            )  # fmt: skip
+    def _pack(self) -> Optional[Tensor]:  # noqa: UP045
+        """Return the packed weight, packed again if the weight has changed; None for no use."""
+        if torch.compiler.is_compiling():
+            return None  # a graph would keep it when the weight changes
+        weight = self.weight
+        # Where writes are not counted they cannot be seen.
+        if not weight.is_cpu or weight.is_inference():
+            return None
+        packed_from, version = self.__dict__.get("_packed_from", (None, -1))
+        if packed_from is None or packed_from() is not weight or version != weight._version:
+            with torch.no_grad():
+                self.packed_weight = torch.ops.torchweld.conv_relu_pack(
+                    weight, self.stride, [self.both_sides[2], self.both_sides[0]],
+                    self.dilation, self.groups,
+                )  # fmt: skip
+            self.__dict__["_packed_from"] = weakref.ref(weight), weight._version
+        return self.packed_weight
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "ConvReLU2d":
-        super()._apply(fn, recurse)
-        self._packed_version = -1  # of another dtype now, or on another device
-        self._pack()
-        return self
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies pack their own weight."""
+        return {k: v for k, v in self.__dict__.items() if k != "_packed_from"}
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         """Compute the block; a gradient through it raises RuntimeError in the backward."""
@@ -292,10 +299,11 @@ class ConvReLU2d(nn.Module):
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         padding = [self.both_sides[2], self.both_sides[0]]
         input, padding = _pad(input, padding, self.both_sides, self.padding_mode)
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            self._pack()
+        packed: Optional[Tensor] = None  # noqa: UP045
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            packed = self._pack()
         output: Tensor = torch.ops.torchweld.conv_relu(
-            input, self.weight, self.packed_weight, self.bias, residual, self.stride, padding,
+            input, self.weight, packed, self.bias, residual, self.stride, padding,
             self.dilation, self.groups, self.activation, self.negative_slope,
         )  # fmt: skip
         return output

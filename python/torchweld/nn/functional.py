@@ -168,9 +168,10 @@ def conv_bn_relu(
     Note:
         Statistics accumulate in float64 and come out the same whatever the thread count;
         normalize, residual and activation are one pass computed in float32 (float64 for float64)
-        and rounded once. The convolution is ATen's and is not fused further. The derivative of the
-        activation is recomputed from the convolution's output, so nothing else of that size is
-        kept. Second derivatives raise.
+        and rounded once. The convolution is one of ours where that is expected to be faster
+        (float32, channels_last; see ``torchweld.config``), else ATen's. The derivative of the
+        activation is recomputed from the convolution's output and the residual, so the output is
+        not kept for it. Second derivatives raise.
 
     Reference:
         Ioffe and Szegedy, Batch Normalization, https://arxiv.org/abs/1502.03167; Chan, Golub and

@@ -9,7 +9,9 @@ of ``"leaky_relu"``. Every op raises RuntimeError, naming op, argument, expected
 shape, a dtype or a name does not fit.
 
 Statistics and reductions accumulate in float64 and give the same bits whatever the thread count;
-elementwise arithmetic is float32 (float64 for float64), rounded once. The convolution is ATen's.
+elementwise arithmetic is float32 (float64 for float64), rounded once. The
+convolution is one of ours where that is expected to be faster (see ``torchweld.config``), else
+ATen's.
 """
 
 from __future__ import annotations
