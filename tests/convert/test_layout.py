@@ -69,10 +69,6 @@ def head_flatten_in_part(net, x):
     return x.flatten(2)
 
 
-def head_optional(net, x):
-    return net.fc(x.flatten(1)) if net.training else net.fc(x.reshape(x.shape[0], -1))
-
-
 class ChangesItsInput(nn.Module):
     def __init__(self):
         super().__init__()

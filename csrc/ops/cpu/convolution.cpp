@@ -10,34 +10,10 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
-std::vector<const ConvolutionAlgorithm*> algorithms() {
-  return {&depthwise_convolution(), &winograd_convolution(), &dense_convolution()};
-}
-
 const ConvolutionAlgorithm& algorithm_named(const char* op, const std::string& name) {
   const ConvolutionAlgorithm* found = find_algorithm(name);
   TORCHWELD_CHECK(found != nullptr, op, "algorithm", "the name of one", '"' << name << '"');
   return *found;
-}
-
-ConvolutionShape shape_of(const Tensor& input, const Tensor& weight, const IntList& output,
-                          const Convolution& conv) {
-  return {.batch = input.size(0),
-          .height = input.size(2),
-          .width = input.size(3),
-          .channels = input.size(1),
-          .out_height = output[2],
-          .out_width = output[3],
-          .out_channels = output[1],
-          .kernel_height = weight.size(2),
-          .kernel_width = weight.size(3),
-          .stride_height = conv.stride[0],
-          .stride_width = conv.stride[1],
-          .padding_height = conv.padding[0],
-          .padding_width = conv.padding[1],
-          .dilation_height = conv.dilation[0],
-          .dilation_width = conv.dilation[1],
-          .groups = conv.groups};
 }
 
 void check_float32(const char* op, const Tensor& input) {
@@ -79,7 +55,7 @@ std::tuple<Tensor, Tensor> conv_forward(Tensor input, Tensor weight, OptionalTen
   const IntList sizes = check_convolution(op, input, weight, bias, conv);
   check_same(op, "residual", residual, sizes, input);
   check_float32(op, input);
-  const ConvolutionShape shape = shape_of(input, weight, sizes, conv);
+  const ConvolutionShape shape = to_shape(input, weight, conv);
   const ConvolutionAlgorithm& chosen = algorithm_named(op, algorithm);
   TORCHWELD_CHECK(chosen.can_forward(shape), op, "algorithm", "one that can compute this shape",
                   algorithm);
@@ -116,7 +92,7 @@ std::tuple<Tensor, Tensor> conv_backward(Tensor grad_output, Tensor input, Tenso
   const IntList sizes = check_convolution(op, input, weight, std::nullopt, conv);
   check_same(op, "grad_output", grad_output, sizes, input);
   check_float32(op, input);
-  const ConvolutionShape shape = shape_of(input, weight, sizes, conv);
+  const ConvolutionShape shape = to_shape(input, weight, conv);
   const ConvolutionAlgorithm& chosen = algorithm_named(op, algorithm);
   TORCHWELD_CHECK(chosen.can_backward(shape, input_grad, weight_grad), op, "algorithm",
                   "one that can compute this shape", algorithm);
@@ -140,9 +116,36 @@ std::tuple<Tensor, Tensor> conv_backward(Tensor grad_output, Tensor input, Tenso
 
 }  // namespace
 
+ConvolutionShape to_shape(const IntList& input, const Tensor& weight, const Convolution& conv) {
+  const auto size = [&](int i) {
+    const int64_t kernel = conv.dilation[i] * (weight.size(2 + i) - 1) + 1;
+    return (input[2 + i] + 2 * conv.padding[i] - kernel) / conv.stride[i] + 1;
+  };
+  return {.batch = input[0],
+          .height = input[2],
+          .width = input[3],
+          .channels = input[1],
+          .out_height = size(0),
+          .out_width = size(1),
+          .out_channels = weight.size(0),
+          .kernel_height = weight.size(2),
+          .kernel_width = weight.size(3),
+          .stride_height = conv.stride[0],
+          .stride_width = conv.stride[1],
+          .padding_height = conv.padding[0],
+          .padding_width = conv.padding[1],
+          .dilation_height = conv.dilation[0],
+          .dilation_width = conv.dilation[1],
+          .groups = conv.groups};
+}
+
+ConvolutionShape to_shape(const Tensor& input, const Tensor& weight, const Convolution& conv) {
+  return to_shape({input.size(0), input.size(1), input.size(2), input.size(3)}, weight, conv);
+}
+
 const ConvolutionAlgorithm* find_algorithm(std::string_view name) {
-  for (const ConvolutionAlgorithm* algorithm : algorithms()) {
-    if (algorithm->name() == name) return algorithm;
+  for (const auto algorithm : {depthwise_convolution, winograd_convolution, dense_convolution}) {
+    if (algorithm().name() == name) return &algorithm();
   }
   return nullptr;
 }

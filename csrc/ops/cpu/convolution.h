@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "kernels/gemm.h"
+#include "ops/aten.h"
 #include "ops/cpu/block_moments.h"
 
 namespace torchweld::ops {
@@ -31,6 +32,10 @@ struct ConvolutionShape {
     return out_channels * kernel_height * kernel_width * channels / groups;
   }
 };
+
+// The shape of a convolution of these tensors; of an input of this size.
+ConvolutionShape to_shape(const Tensor& input, const Tensor& weight, const Convolution& conv);
+ConvolutionShape to_shape(const IntList& input, const Tensor& weight, const Convolution& conv);
 
 // One forward pass. Activations are dense [N, H, W, C].
 struct ConvolutionForward {

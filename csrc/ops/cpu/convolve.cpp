@@ -1,7 +1,5 @@
 #include "ops/cpu/convolve.h"
 
-#include <limits>
-
 #include "ops/cpu/choose.h"
 #include "ops/memory.h"
 
@@ -29,33 +27,6 @@ bool suggests_channels_last(const Tensor& x) {
 bool is_ours(const Tensor& input, const Tensor& weight) {
   return input.scalar_type() == ScalarType::Float && input.numel() > 0 &&
          (suggests_channels_last(input) || suggests_channels_last(weight));
-}
-
-ConvolutionShape to_shape(const IntList& input, const Tensor& weight, const Convolution& conv) {
-  const auto size = [&](int i) {
-    const int64_t kernel = conv.dilation[i] * (weight.size(2 + i) - 1) + 1;
-    return (input[2 + i] + 2 * conv.padding[i] - kernel) / conv.stride[i] + 1;
-  };
-  return {.batch = input[0],
-          .height = input[2],
-          .width = input[3],
-          .channels = input[1],
-          .out_height = size(0),
-          .out_width = size(1),
-          .out_channels = weight.size(0),
-          .kernel_height = weight.size(2),
-          .kernel_width = weight.size(3),
-          .stride_height = conv.stride[0],
-          .stride_width = conv.stride[1],
-          .padding_height = conv.padding[0],
-          .padding_width = conv.padding[1],
-          .dilation_height = conv.dilation[0],
-          .dilation_width = conv.dilation[1],
-          .groups = conv.groups};
-}
-
-ConvolutionShape to_shape(const Tensor& input, const Tensor& weight, const Convolution& conv) {
-  return to_shape({input.size(0), input.size(1), input.size(2), input.size(3)}, weight, conv);
 }
 
 Tensor channels_last(const Tensor& x) {
