@@ -41,7 +41,11 @@ struct GemmArguments {
   float* c;  // only `columns` of a row are written
   int64_t c_row;
   bool accumulate;
-  Epilogue epilogue;
+  Epilogue epilogue{};
+  // Floats that will be read next, to be fetched meanwhile: the next panel, which comes from memory
+  // where a batch is small.
+  const float* ahead = nullptr;
+  int64_t ahead_size = 0;
 };
 
 using GemmKernel = void (*)(const GemmArguments& arguments);

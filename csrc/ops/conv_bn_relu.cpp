@@ -1,5 +1,7 @@
 #include "ops/conv_bn_relu.h"
 
+#include <algorithm>
+
 #include "ops/check.h"
 
 namespace torchweld::ops {
@@ -46,8 +48,9 @@ void check_activations(const char* op, const char* argument, const Tensor& x) {
 void check_same(const char* op, const char* argument, const OptionalTensor& tensor,
                 const IntList& shape, const Tensor& like) {
   if (!tensor) return;
-  const std::string got = ops::shape_string(*tensor);
-  TORCHWELD_CHECK(got == shape_string(shape), op, argument, "shape " << shape_string(shape), got);
+  const auto sizes = tensor->sizes();
+  TORCHWELD_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), op, argument,
+                  "shape " << shape_string(shape), ops::shape_string(*tensor));
   TORCHWELD_CHECK(tensor->scalar_type() == like.scalar_type(), op, argument,
                   dtype_name(like.scalar_type()), dtype_name(tensor->scalar_type()));
   check_cpu(op, argument, *tensor);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/dtype.h"
+#include "ops/parallel.h"
 
 namespace torchweld::ops {
 
@@ -27,17 +28,6 @@ using TensorList = std::vector<Tensor>;
 struct String : std::string {
   using std::string::string;
 };
-
-// f(begin, end) over [0, size), on torch's own threads. It must not throw: an exception cannot
-// leave a worker thread.
-template <class F>
-void parallel_for(int64_t size, int64_t grain, const F& f) {
-  if (size <= 0) return;
-  torch::stable::parallel_for(0, size, grain, f);
-}
-
-// The threads parallel_for splits its range over.
-inline int64_t get_num_threads() { return torch::stable::get_num_threads(); }
 
 // Turns autograd recording off for the calls into ATen an operator makes. Below Python's autograd
 // it is off already; a C++ program that calls the operator directly has it on.

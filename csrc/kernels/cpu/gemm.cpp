@@ -61,6 +61,9 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
   const float* a[kPointers];
   const float* b = g.b + column;
   const int64_t steps = g.depth > 0 ? g.runs * g.depth : 0;
+  // This tile's part of what to fetch ahead, a line a step.
+  const int64_t fetched = row / kRows * steps * 16;
+  const float* ahead = fetched < g.ahead_size ? g.ahead + fetched : b;
   // One loop over all steps, for runs may be as short as one.
   for (int64_t step = 0, left = 0, run = 0; step < steps; ++step, --left) {
     if (left == 0) {
@@ -89,6 +92,8 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
 #pragma GCC unroll 8
     for (int p = 0; p < kPointers; ++p) a[p] += a_step;
     b += b_row;
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += 16;
   }
 
   const Epilogue& e = g.epilogue;

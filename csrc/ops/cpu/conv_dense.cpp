@@ -18,11 +18,12 @@ using kernels::kPanel;
 constexpr int64_t kBlockSize = 1 << 14;
 // Pixels of a block at least: each block reads all weights.
 constexpr int64_t kBlockPixels = 48;
-// The product's tiles of 7 and 14 rows fill blocks of whole multiples of this.
-constexpr int64_t kTilePixels = 28;
+// Pixels of a block at least, to share out a small batch.
+constexpr int64_t kLeastPixels = 28;
 // Floats of a panel that stay in cache while a block's pixels pass by.
 constexpr int64_t kSliceSize = 1 << 17;
-// Tasks at least, where panels can be shared out: for batches of one.
+// Tasks at least, where panels can be shared out: for batches of one. With fewer than half as many
+// panels blocks become smaller.
 constexpr int64_t kTasks = 16;
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrain = 1 << 20;
@@ -49,7 +50,9 @@ Plan::Plan(const ConvolutionShape& shape, const Cut& cut)
     shape_.batch = shape_.height = shape_.out_height = 1;
   }
   columns_ = even_part(shape_.out_width, cut.pixels);
-  if (matrix_product_) columns_ = divide_up(columns_, kTilePixels) * kTilePixels;
+  // The product's tiles are 7 rows high, or 14 where they are narrow.
+  const int64_t tile = shape_.out_channels > kPanel / 2 ? 7 : 14;
+  if (matrix_product_) columns_ = divide_up(columns_, tile) * tile;
   rows_ = columns_ < shape_.out_width ? 1 : even_part(shape_.out_height, cut.pixels / columns_);
   row_blocks_ = divide_up(shape_.out_height, rows_);
   column_blocks_ = divide_up(shape_.out_width, columns_);
@@ -141,6 +144,10 @@ void forward_block(const Plan& plan, const Windows& windows, const Block& block,
     g.b_row = width;
     g.c_row = target.pixel;
     g.accumulate = run > 0 || k > 0;
+    if (is_last && panel + 1 < panels_of(s.out_channels)) {
+      g.ahead = packed + (column + kPanel) * plan.steps();
+      g.ahead_size = panel_width(s.out_channels, panel + 1) * plan.steps();
+    }
     for (int64_t row = 0; row < block.rows; ++row) {
       for (int64_t i = 0; i < g.runs; ++i) a[i] = windows.pointers()[row * runs + run + i] + k;
       g.c = target.at(block) + row * target.row + column;
@@ -203,13 +210,15 @@ class DenseConvolution final : public ConvolutionAlgorithm {
 
   void forward(const ConvolutionShape& shape, const ConvolutionForward& pass) const override {
     const int64_t channels = shape.out_channels;
-    const Plan plan(shape, {.pixels = std::max(kBlockPixels, kBlockSize / channels)});
+    const int64_t panels = panels_of(channels);
+    const int64_t share = shape.pixels() * panels / (kTasks / 2);
+    const Plan plan(shape, {.pixels = std::min(std::max(kBlockPixels, kBlockSize / channels),
+                                               std::max(kLeastPixels, share))});
     const int64_t blocks = plan.blocks();
     if (pass.moments != nullptr) pass.moments->start(blocks, channels);
     if (blocks == 0) return;
     const int64_t row = plan.shape().out_width * channels;
     const Target target{pass.output, plan.shape().out_height * row, row, channels};
-    const int64_t panels = panels_of(channels);
     const int64_t group = even_part(panels, panels * blocks / kTasks);
     const int64_t groups = divide_up(panels, group), tasks = blocks * groups;
     const int64_t size = shape.pixels() * shape.weights() / tasks;

@@ -114,8 +114,6 @@ void forward_block(const Plan& plan, const Windows& windows, const Block& block,
 
 void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass);
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t panels_of(int64_t columns) { return divide_up(columns, kernels::kPanel); }
 // Columns of a panel as packed.
 inline int64_t panel_width(int64_t columns, int64_t panel) {

@@ -20,6 +20,8 @@ using Shape = ConvolutionShape;
 // Floats of a block's input and output rows, of which as much again is fetched ahead: a quarter of
 // the second cache level, with room for the rows that the next block shares.
 constexpr int64_t kBlockSize = 1 << 16;
+// Blocks at least, where there are as many rows: for batches of one.
+constexpr int64_t kBlocks = 16;
 
 int64_t groups(const Shape& s) { return (s.channels + kDepthwiseGroup - 1) / kDepthwiseGroup; }
 int64_t taps(const Shape& s) { return s.kernel_height * s.kernel_width; }
@@ -95,8 +97,10 @@ void forward_block(const Shape& s, const ConvolutionForward& pass, int64_t image
 }
 
 void forward_pass(const Shape& s, const ConvolutionForward& pass) {
-  const int64_t rows = rows_per_block(s, s.stride_height * input_row(s));
-  const int64_t blocks = (s.out_height + rows - 1) / rows;
+  const int64_t fit = rows_per_block(s, s.stride_height * input_row(s));
+  const int64_t share = divide_up(s.batch * s.out_height, kBlocks);
+  const int64_t blocks = divide_up(s.out_height, std::min(fit, share));
+  const int64_t rows = divide_up(s.out_height, blocks);
   if (pass.moments) pass.moments->start(s.batch * blocks, s.channels);
   const int64_t grain = kBlockSize / (4 * rows * output_row(s)) + 1;
   parallel_for(s.batch * blocks, grain, [&](int64_t begin, int64_t end) {

@@ -13,8 +13,6 @@ using kernels::kWinogradPoints;
 using kernels::kWinogradTile;
 using kernels::WinogradWindow;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The size of parts that cover `total`, as even as can be, none above `most`.
 inline int64_t even_part(int64_t total, int64_t most) {
   return divide_up(total, std::max<int64_t>(1, divide_up(total, most)));

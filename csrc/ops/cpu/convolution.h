@@ -16,6 +16,8 @@
 
 namespace torchweld::ops {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct ConvolutionShape {
   int64_t batch;
   int64_t height, width, channels;              // of the input

@@ -287,8 +287,9 @@ _register_autograd("conv_bn_relu_frozen", _setup_context_frozen, _backward_froze
 _TWICE = "expected to be differentiated once, got a second derivative; use the stock modules for it"
 _refuse("conv_bn_relu_backward", _TWICE)
 _refuse("conv_bn_relu_frozen_backward", _TWICE)
-for _op in ("conv_relu", "conv_relu_pack"):
-    _refuse(_op, "inference only, no gradient; use conv_bn_relu_frozen to train through it")
+# conv_relu has none: under TorchScript it would call Python for every layer. torch's own fallback
+# warns there, and inference_only() raises everywhere else.
+_refuse("conv_relu_pack", "inference only, no gradient")
 _BETWEEN = (
     "no gradient, as its backward needs an exchange between processes; write a "
     "torch.autograd.Function with batch_norm_relu_backward_reduce and batch_norm_relu_backward"

@@ -17,7 +17,7 @@ from torchweld.nn import ConvReLU2d
 from torchweld.nn.conv_bn_relu import _fold
 from torchweld.nn.functional import _bn_state, _both_sides, _conv_bn_relu, _conv_state, _pad
 from torchweld.nn.sync_batch_norm import SyncBatchNorm, exchanges, sync_batch_norm_relu
-from torchweld.ops import conv_relu
+from torchweld.ops.conv_bn_relu import conv_relu, inference_only
 
 # Where the fused ops run; "meta" is where shapes are worked out.
 _DEVICES = ("cpu", "meta")
@@ -154,7 +154,7 @@ def folded(
             padded, conv.weight, conv._pack(), conv.bias, residual, conv.stride, padding,
             conv.dilation, conv.groups, activation, negative_slope,
         )  # fmt: skip
-        return fused_output
+        return inference_only(fused_output, padded, residual)
     else:
         output = conv(input)
     return _finish(output, residual, activation, negative_slope)

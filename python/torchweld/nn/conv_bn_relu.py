@@ -13,6 +13,7 @@ from torchweld.nn.functional import (
     _pad,
     conv_bn_relu,
 )
+from torchweld.ops.conv_bn_relu import inference_only
 
 ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
@@ -306,6 +307,8 @@ class ConvReLU2d(nn.Module):
             input, self.weight, packed, self.bias, residual, self.stride, padding,
             self.dilation, self.groups, self.activation, self.negative_slope,
         )  # fmt: skip
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            output = inference_only(output, input, residual)
         return output
 
     def extra_repr(self) -> str:

@@ -24,6 +24,36 @@ from torch import Tensor
 _ops = torch.ops.torchweld
 
 
+class _InferenceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.mark_dirty(output)  # the tensor itself and no view, which could not be written to
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "torchweld::conv_relu: inference only, no gradient; use conv_bn_relu_frozen to train "
+            "through it"
+        )
+
+
+def inference_only(output: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Return the output of ``torchweld::conv_relu`` such that a gradient through it raises.
+
+    Args:
+        output: what the operator returned.
+        inputs: what it was computed from.
+    """
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if in_graph or not torch.is_grad_enabled():
+        return output
+    if not any(x is not None and x.requires_grad for x in inputs):
+        return output
+    result: Tensor = _InferenceOnly.apply(output.detach(), *inputs)
+    return result
+
+
 def _pair(value: int | tuple[int, int] | list[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
@@ -181,7 +211,8 @@ def conv_relu(
         The output, ``[N, C, H_out, W_out]``.
 
     Raises:
-        RuntimeError: if an argument does not fit; in the backward, as it has no gradient.
+        RuntimeError: if an argument does not fit; in the backward, as it has no gradient (in
+            TorchScript and under ``torch.compile`` torch warns instead).
 
     Example:
         >>> import torch, torchweld as tw
@@ -192,7 +223,7 @@ def conv_relu(
         input, weight, packed_weight, bias, residual, _pair(stride), _pair(padding),
         _pair(dilation), groups, activation, negative_slope,
     )  # fmt: skip
-    return result
+    return inference_only(result, input, weight, bias, residual)
 
 
 def conv_relu_pack(
