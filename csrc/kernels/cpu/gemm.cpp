@@ -42,11 +42,13 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
     }
   }
 
-  // By the time the sums are done, their place is in the nearest cache.
+  // By the time the sums are done, their place is in the nearest cache, and what joins them there.
+  const float* residual = g.epilogue.residual ? g.epilogue.residual + row * g.c_row + column : nullptr;
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors * kVectorBytes; v += 64) {
       __builtin_prefetch((const char*)(c + i * g.c_row) + v, 1);
+      if (residual) __builtin_prefetch((const char*)(residual + i * g.c_row) + v, 0);
     }
   }
 
@@ -105,9 +107,8 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
     for (int v = 0; v < kVectors; ++v) {
       VecF value = sums[i][v];
       if (e.bias != nullptr) value += load_column<kVectors, kPart>(e.bias + column, v, last);
-      if (e.residual != nullptr) {
-        const float* residual = e.residual + (row + i) * g.c_row + column;
-        value += load_column<kVectors, kPart>(residual, v, last);
+      if (residual != nullptr) {
+        value += load_column<kVectors, kPart>(residual + i * g.c_row, v, last);
       }
       if (clamp) {
         value = value < low ? low : value;
