@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from torchweld.nn.packed_linear import PackedLinear
 from torchweld.nn.quantized_linear import QuantizedLinear
 from torchweld.ops.quantized_linear import MAX_IN_FEATURES
 from torchweld.report import Report, Row, record
@@ -193,7 +194,7 @@ def _obstacle(
     model: nn.Module, names: list[str], linear: nn.Linear, users: dict[int, list[str]]
 ) -> str | None:
     """Why a layer cannot be converted, or None."""
-    if type(linear) is not nn.Linear:
+    if type(linear) not in (nn.Linear, PackedLinear):
         return f"{type(linear).__name__} is not nn.Linear itself"
     if any(value for key, value in vars(linear).items() if key.endswith("_hooks")):
         return "has hooks"

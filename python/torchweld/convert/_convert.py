@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchweld.convert import _welded
 from torchweld.convert._layout import seen_by
+from torchweld.convert._linear import pack_linears
 from torchweld.convert._survey import CONVERSION, weld_patterns
 from torchweld.nn import SyncBatchNorm
 from torchweld.report import Report, record
@@ -36,7 +37,8 @@ def weld(
         model: the model; it is not changed.
         example_inputs: a batch, or the positional arguments of a call. If given, the welded model
             must give the outputs of the stock one on them, in evaluation mode.
-        inference: fold the batch normalizations into the convolutions. The result is a snapshot in
+        inference: fold the batch normalizations into the convolutions, and make large float32
+            ``nn.Linear`` layers :class:`torchweld.nn.PackedLinear`. The result is a snapshot in
             evaluation mode with tensors of its own, none of which requires a gradient; ``train()``
             raises.
         memory_saving: in training, keep for the backward what a fused output can be made from
@@ -113,6 +115,8 @@ def weld(
     record(welded, found, replacing=CONVERSION)
     if any(row.converted for row in found) and not seen_by(model):
         _welded.hide_channels_last(welded, snapshot=inference)
+    if inference:
+        pack_linears(welded)
     if inference and not _welded.is_snapshot(welded):
         _welded.install(welded, _welded.Weld(frozenset()), snapshot=True)
     if memory_saving:

@@ -1,6 +1,5 @@
 """Convolution, batch norm, residual and activation as one module."""
 
-import weakref
 from typing import Any, List, Optional  # noqa: UP035
 
 import torch
@@ -13,6 +12,7 @@ from torchweld.nn.functional import (
     _pad,
     conv_bn_relu,
 )
+from torchweld.nn.packed_weight import packed_weight
 from torchweld.ops.conv_bn_relu import inference_only
 
 ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
@@ -274,21 +274,8 @@ class ConvReLU2d(nn.Module):
 
     def _pack(self) -> Optional[Tensor]:  # noqa: UP045
         """Return the packed weight, packed again if the weight has changed; None for no use."""
-        if torch.compiler.is_compiling():
-            return None  # a graph would keep it when the weight changes
-        weight = self.weight
-        # Where writes are not counted they cannot be seen.
-        if not weight.is_cpu or weight.is_inference():
-            return None
-        packed_from, version = self.__dict__.get("_packed_from", (None, -1))
-        if packed_from is None or packed_from() is not weight or version != weight._version:
-            with torch.no_grad():
-                self.packed_weight = torch.ops.torchweld.conv_relu_pack(
-                    weight, self.stride, [self.both_sides[2], self.both_sides[0]],
-                    self.dilation, self.groups,
-                )  # fmt: skip
-            self.__dict__["_packed_from"] = weakref.ref(weight), weight._version
-        return self.packed_weight
+        padding = [self.both_sides[2], self.both_sides[0]]
+        return packed_weight(self, self.weight, self.stride, padding, self.dilation, self.groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies pack their own weight."""

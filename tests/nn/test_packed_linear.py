@@ -1,0 +1,174 @@
+"""A packed linear layer is an nn.Linear, of whatever its weight has become."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchweld as tw
+from torch import nn
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(300, 70)
+
+
+@pytest.fixture
+def packed(linear):
+    return tw.nn.PackedLinear.from_float(linear)
+
+
+def check(module, shape=(5, 300)):
+    x = torch.randn(*shape)
+    expected = F.linear(x.double(), module.weight.double(), module.bias.double())
+    with torch.no_grad():
+        got = module(x)
+    stock = F.linear(x, module.weight, module.bias)
+    assert got.shape == stock.shape
+    assert got.is_contiguous()
+    error, stocks = ((y - expected).abs().max().item() for y in (got, stock))
+    assert error <= 3 * stocks + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(300,), (1, 300), (5, 300), (2, 3, 7, 300), (0, 300), (64, 300)])
+def test_shapes(packed, shape):
+    if 0 not in shape:
+        return check(packed, shape)
+    assert packed(torch.randn(*shape)).shape == (*shape[:-1], 70)
+
+
+def test_the_packed_weight_is_in_use(packed):
+    x = torch.randn(5, 300)
+    with torch.no_grad():
+        packed(x)
+        assert packed.packed_weight.numel() > 0
+        packed.packed_weight.zero_()
+        assert packed(x).eq(packed.bias).all()
+
+
+def test_strided_input_and_no_bias():
+    packed = tw.nn.PackedLinear.from_float(nn.Linear(64, 48, bias=False))
+    x = torch.randn(64, 9).T
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), F.linear(x, packed.weight), atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(packed):
+    x = torch.randn(33, 300)
+    with torch.no_grad():
+        assert torch.equal(packed(x)[7], packed(x[7]))
+
+
+def test_written_loaded_and_replaced(packed):
+    check(packed)
+    with torch.no_grad():
+        packed.weight.mul_(-2)
+    check(packed)
+    packed.load_state_dict({k: 3 * v for k, v in packed.state_dict().items()})
+    check(packed)
+    packed.weight = nn.Parameter(torch.randn(70, 300))
+    check(packed)
+    assert set(packed.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies_pack_their_own(packed, duplicate):
+    check(packed)
+    other = duplicate(packed)
+    with torch.no_grad():
+        other.weight.neg_()
+    check(other)
+    check(packed)
+
+
+def test_gradients_autocast_and_other_dtypes_are_stock(packed, linear):
+    x = torch.randn(4, 300, requires_grad=True)
+    ours, theirs = (torch.autograd.grad(m(x).sum(), (x, m.weight)) for m in (packed, linear))
+    assert all(map(torch.equal, ours, theirs))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x), linear(x))
+    double = copy.deepcopy(packed).double()
+    assert torch.equal(double(x.double()), F.linear(x.double(), double.weight, double.bias))
+
+
+def test_a_wrong_size_is_torchs_error(packed):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        packed(torch.randn(4, 301))
+
+
+def test_torchscript_and_export(packed):
+    x = torch.randn(6, 300)
+    with torch.no_grad():
+        traced = torch.jit.freeze(torch.jit.trace(packed.eval(), x))  # its first call
+        expected = packed(x)
+        assert "conv_relu_pack" not in str(traced.graph)
+        assert "torchweld::conv_relu" in str(traced.graph)
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        other = torch.randn(2, 3, 300)
+        for module in (traced, torch.jit.load(file)):
+            assert torch.equal(module(x), expected)
+            with pytest.raises(RuntimeError):
+                module(torch.randn(6, 150))
+        assert torch.equal(traced(other.view(6, 300)).view(2, 3, 70), packed(other))
+        exported = torch.export.export(packed, (x,)).module()
+        torch.testing.assert_close(exported(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_from_float_takes_nn_linear_alone(packed):
+    with pytest.raises(TypeError, match=r"expected an nn\.Linear, got PackedLinear"):
+        tw.nn.PackedLinear.from_float(packed)
+    with pytest.raises(TypeError, match=r"expected an nn\.Linear, got Conv2d"):
+        tw.nn.PackedLinear.from_float(nn.Conv2d(1, 1, 1))
+
+
+def make_model():
+    torch.manual_seed(0)
+    large, small = nn.Linear(512, 512), nn.Linear(512, 10)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 512),
+        nn.ReLU(), large, nn.ReLU(), small,
+    ).eval()  # fmt: skip
+
+
+def test_snapshots_pack_their_large_layers():
+    model = make_model()
+    snapshot = tw.weld(model, inference=True)
+    kinds = [type(m) for m in snapshot if isinstance(m, nn.Linear)]
+    assert kinds == [nn.Linear, tw.nn.PackedLinear, nn.Linear]
+    assert [type(m) for m in model if isinstance(m, nn.Linear)] == [nn.Linear] * 3
+    x = torch.randn(5, 3, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(snapshot(x), model(x), atol=1e-5, rtol=1e-4)
+        assert snapshot[6].packed_weight.numel() > 0
+    assert snapshot.state_dict().keys() == tw.weld(model, inference=True).state_dict().keys()
+    assert all(type(m) is not tw.nn.PackedLinear for m in tw.weld(model))
+
+
+def test_hooks_and_subclasses_stay():
+    calls = []
+    model = make_model()
+    model[6].register_forward_hook(lambda *_: calls.append(1))
+    snapshot = tw.weld(model, inference=True)
+    with torch.no_grad():
+        snapshot(torch.randn(1, 3, 4, 4))
+    assert calls == [1]
+
+    class Mine(nn.Linear):
+        pass
+
+    model = nn.Sequential(Mine(512, 512))
+    assert type(tw.weld(model, inference=True)[0]) is Mine
+
+
+def test_a_snapshot_can_be_quantized():
+    snapshot = tw.weld(make_model(), inference=True)
+    quantized = tw.quantize(snapshot, tw.Int8())
+    assert type(quantized[6]) is tw.nn.QuantizedLinear
