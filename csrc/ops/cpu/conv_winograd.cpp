@@ -40,11 +40,11 @@ class Forward {
   }
 
  private:
-  static constexpr int64_t kBlockTiles = 40;
+  static constexpr int64_t kBlockTiles = 28;
   static constexpr int64_t kSharedTiles = 128;
   // Input channels summed in one chain; the chains are added. The transforms magnify the rounding
   // of a chain, and one as long as the channels would double the error of a direct convolution.
-  int64_t chain() const { return weight_.large() ? Weight::kRows : Weight::kRows / 2; }
+  int64_t chain() const { return Weight::kRows; }
 
   struct Block {
     int64_t index, first, count;
