@@ -1,0 +1,175 @@
+"""What each of the two gloo processes does: scenarios by name, each returns what a test looks at."""
+
+import datetime
+import os
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torchweld as tw
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.optim.distributed.model import (
+    CLIPPED, HYPER, LAYOUTS, SHAPES, STEPS, Model, build, optimizer_for, snapshot, train,
+)  # fmt: skip
+
+
+def data_parallel(rank, layout):
+    model, options = build(layout)
+    optimizer = optimizer_for(model, options)
+    norms = train(DistributedDataParallel(model), optimizer, rank)
+    return {"state": snapshot(model, optimizer), "norms": norms}
+
+
+def sharded(layout, mesh=None, **options):
+    """A model in shards: each part by itself, which FSDP2 gathers and frees as it goes."""
+    model, arguments = build(layout)
+    for part in model.children():
+        fully_shard(part, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options), arguments
+
+
+def fully_sharded(rank, layout, mesh=None, **options):
+    model, arguments = sharded(layout, mesh, **options)
+    optimizer = optimizer_for(model, arguments)
+    norms = train(model, optimizer, rank)
+    return {"state": snapshot(model, optimizer), "norms": norms}
+
+
+def replicas_of_shards(rank, layout):
+    """Both ranks hold everything: a norm that added their squares up would count it twice."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    return fully_sharded(rank, layout, mesh)
+
+
+def sharded_columns(rank, layout):
+    def placement(param):
+        return Shard(1) if param.ndim > 1 and param.shape[1] % 2 == 0 else None
+
+    return fully_sharded(rank, layout, shard_placement_fn=placement)
+
+
+def partly_sharded(rank, layout):
+    """Parameters outside of the shards, whole on each rank, beside parameters in shards."""
+    model, options = build(layout)
+    fully_shard(model, ignored_params={*model.layer.parameters()})
+    optimizer = optimizer_for(model, options)
+
+    def average(param):
+        dist.all_reduce(param.grad)
+        param.grad /= 2
+
+    for param in model.layer.parameters():
+        param.register_post_accumulate_grad_hook(average)
+    norms = train(model, optimizer, rank)
+    return {"state": snapshot(model, optimizer), "norms": norms}
+
+
+def reloaded(rank, layout):
+    """Loading by assignment puts new tensors under the parameters that the optimizer knows."""
+    model, options = sharded(layout)
+    optimizer = optimizer_for(model, options)
+    train(model, optimizer, rank, range(1))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    for module in model.modules():
+        if hasattr(module, "reset_sharded_param"):
+            module.reset_sharded_param()
+    train(model, optimizer, rank, range(1, STEPS))
+    return {"state": snapshot(model, optimizer)}
+
+
+def zero(rank, layout):
+    model, options = build(layout)
+    ddp = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=tw.optim.AdamW, **options
+    )
+    train(ddp, optimizer, rank)
+    optimizer.consolidate_state_dict()
+    states = optimizer.state_dict()["state"] if rank == 0 else None
+    names = [name for name, _ in model.named_parameters()]
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    return {
+        "params": params,
+        "states": states and {names[i]: values for i, values in states.items()},
+        "held": len(optimizer.optim.state),
+    }
+
+
+def zero_refuses_to_clip(rank):
+    try:
+        ZeroRedundancyOptimizer(
+            Model().parameters(), optimizer_class=tw.optim.AdamW, max_grad_norm=1.0, **HYPER
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def saved(rank, layout, folder):
+    """Save after the first step, train on, and start again from what was saved."""
+    model, options = sharded(layout)
+    optimizer = optimizer_for(model, options)
+    train(model, optimizer, rank, range(1))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    path = f"{folder}/{layout} of two"
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    train(model, optimizer, rank, range(1, STEPS))
+    return {"state": snapshot(model, optimizer), "again": resumed(rank, layout, path)["state"]}
+
+
+def resumed(rank, layout, path):
+    """Start from a checkpoint made after the first step, and train on."""
+    model, options = sharded(layout)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    optimizer = optimizer_for(model, options)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    train(model, optimizer, rank, range(1, STEPS))
+    return {"state": snapshot(model, optimizer)}
+
+
+def scenarios(folder):
+    every = {**LAYOUTS, **CLIPPED}
+    for layout in every:
+        yield f"DDP, {layout}", data_parallel, (layout,)
+        yield f"FSDP2, {layout}", fully_sharded, (layout,)
+        yield f"FSDP2 by columns, {layout}", sharded_columns, (layout,)
+        yield f"FSDP2 with replicas, {layout}", replicas_of_shards, (layout,)
+        yield f"FSDP2 in part, {layout}", partly_sharded, (layout,)
+        yield f"FSDP2 reloaded, {layout}", reloaded, (layout,)
+        yield f"checkpoint of two, {layout}", saved, (layout, folder)
+        yield f"checkpoint of one, {layout}", resumed, (layout, f"{folder}/{layout} of one")
+    for layout in LAYOUTS:
+        yield f"ZeRO, {layout}", zero, (layout,)
+    yield "ZeRO refuses to clip", zero_refuses_to_clip, ()
+
+
+def main(rank, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    results = {}
+    for name, run, arguments in scenarios(folder):
+        try:
+            results[name] = run(rank, *arguments)
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    # No teardown: DDP's joins gloo's threads with the GIL in hand, which one of them may wait for.
+    os._exit(0)

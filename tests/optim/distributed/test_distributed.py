@@ -1,0 +1,80 @@
+"""Two gloo processes compute what one process computes on the whole of the data, bit for bit."""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from tests.optim.distributed.model import (
+    CLIPPED, LAYOUTS, STEPS, alone, assert_same, build, optimizer_for, snapshot, train,
+)  # fmt: skip
+
+# What torch says of a checkpoint that one process saves or loads.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+EVERY = [*LAYOUTS, *CLIPPED]
+SHARDED = ("FSDP2", "FSDP2 by columns", "FSDP2 with replicas", "FSDP2 in part", "FSDP2 reloaded")
+
+
+@pytest.mark.parametrize("layout", EVERY)
+@pytest.mark.parametrize("wrapper", ["DDP", *SHARDED])
+def test_two_processes(ranks, wrapper, layout):
+    expected, norms = alone(layout)
+    for ours in ranks(f"{wrapper}, {layout}"):
+        assert_same(ours["state"], expected)
+        if layout in CLIPPED and "norms" in ours:
+            assert all(norm > 0.5 for norm in norms)  # clipped indeed
+            torch.testing.assert_close(ours["norms"], norms, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_zero_redundancy(ranks, layout):
+    expected, _ = alone(layout, groups=False)
+    first, second = ranks(f"ZeRO, {layout}")
+    for rank in first, second:
+        for name, param in rank["params"].items():
+            assert torch.equal(param, expected[name]["param"]), name
+    assert_same(
+        first["states"],
+        {n: {k: v for k, v in values.items() if k != "param"} for n, values in expected.items()},
+    )
+    assert 0 < first["held"] < len(expected)
+    assert first["held"] + second["held"] == len(expected)
+
+
+def test_zero_redundancy_refuses_to_clip(ranks):
+    """Each rank's optimizer would see the norm of its own share."""
+    for message in ranks("ZeRO refuses to clip"):
+        assert message.startswith("ValueError: ")
+        assert "max_grad_norm" in message
+        assert "ZeroRedundancyOptimizer" in message
+
+
+@pytest.mark.parametrize("layout", EVERY)
+def test_checkpoint_of_the_same_number(ranks, layout):
+    for ours in ranks(f"checkpoint of two, {layout}"):
+        assert_same(ours["again"], ours["state"])
+
+
+@pytest.mark.parametrize("layout", EVERY)
+def test_checkpoint_of_one_in_two(ranks, layout):
+    expected, _ = alone(layout)
+    for ours in ranks(f"checkpoint of one, {layout}"):
+        assert_same(ours["state"], expected)
+
+
+@pytest.mark.parametrize("layout", EVERY)
+def test_checkpoint_of_two_in_one(ranks, folder, layout):
+    ranks(f"checkpoint of two, {layout}")
+    model, options = build(layout)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    optimizer = optimizer_for(model, options)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(state, checkpoint_id=folder / f"{layout} of two", no_dist=True)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    train(model, optimizer, None, range(1, STEPS))
+    assert_same(snapshot(model, optimizer), alone(layout)[0])
