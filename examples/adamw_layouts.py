@@ -1,8 +1,8 @@
-"""Train the same models with AdamW in every layout of parameters and states, and compare the losses.
+"""Train with AdamW in every layout of parameters and states, and compare the losses.
 
 A convolutional network on handwritten digits and a small transformer on characters of Python's own
-manual, each from three seeds: initial weights and order of the data are those of the seed, for every
-layout the same. Writes the curves as CSV and, where matplotlib is installed, as a figure, and ends
+manual, each from three seeds: initial weights and order of the data are those of the seed, the same
+for every layout. Writes the curves as CSV and, where matplotlib is installed, as a figure, and ends
 with a table: how far a layout's final loss is from float32's, beside how far seeds are apart.
 
     python examples/adamw_layouts.py                     # about six minutes on two cores
@@ -71,15 +71,18 @@ class Digits:
         self.data = bundled_digits()
 
     def model(self) -> nn.Module:
+        """Make it anew."""
         return DigitsCNN()
 
     def batches(self) -> Iterator[Batch]:
+        """Yield batches without end."""
         while True:
             order = torch.randperm(len(self.data.train_images)).split(BATCH_SIZE)
             for rows in order[: self.epoch]:
                 yield self.data.train_images[rows], self.data.train_labels[rows]
 
     def held_out(self) -> Batch:
+        """Return what is not trained on."""
         return self.data.test_images, self.data.test_labels
 
 
@@ -122,17 +125,21 @@ class Text:
         self.border = len(self.data) * 9 // 10
 
     def model(self) -> nn.Module:
+        """Make it anew."""
         return Transformer(self.characters, self.context)
 
     def at(self, starts: Tensor) -> Batch:
+        """Return the characters from each start on, and those that follow them."""
         rows = self.data[starts[:, None] + torch.arange(self.context + 1)]
         return rows[:, :-1], rows[:, 1:]
 
     def batches(self) -> Iterator[Batch]:
+        """Yield batches without end."""
         while True:
             yield self.at(torch.randint(self.border - self.context, (self.batch,)))
 
     def held_out(self) -> Batch:
+        """Return what is not trained on."""
         return self.at(torch.arange(self.border, len(self.data) - self.context - 1, 200))
 
 
@@ -211,11 +218,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         for number, name in enumerate(LAYOUTS):
             curves = [smooth(run[3]) for run in runs if run[:2] == (task, name)]
             if curves:
-                steps, mean = range(len(curves[0])), [*map(statistics.mean, zip(*curves))]
+                at_steps = [*zip(*curves, strict=True)]
+                steps, mean = range(len(at_steps)), [*map(statistics.mean, at_steps)]
                 style = "--" if name.startswith("stock") else "-"
                 axes.plot(steps, mean, style, color=f"C{number}", label=name, linewidth=1.2)
                 axes.fill_between(
-                    steps, [*map(min, zip(*curves))], [*map(max, zip(*curves))],
+                    steps, [*map(min, at_steps)], [*map(max, at_steps)],
                     color=f"C{number}", alpha=0.1,
                 )  # fmt: skip
         axes.set(title=task, xlabel="step", ylabel="training loss", yscale="log")

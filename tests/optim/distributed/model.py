@@ -1,8 +1,8 @@
 """A model whose gradients are known, the layouts it is trained in, and how.
 
-The loss is linear in the parameters, so that the gradient of one rank is what that rank was fed. The
-numbers fed are multiples of 1/128 below 1: the mean over two ranks is exact in every dtype, and what
-two processes compute must be what one computes, bit for bit.
+The loss is linear in the parameters, so that the gradient of one rank is what that rank was fed.
+The numbers fed are multiples of 1/128 below 1: the mean over two ranks is exact in every dtype, and
+what two processes compute must be what one computes, bit for bit.
 """
 
 import torch

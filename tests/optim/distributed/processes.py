@@ -1,4 +1,4 @@
-"""What each of the two gloo processes does: scenarios by name, each returns what a test looks at."""
+"""What each of two gloo processes does: scenarios by name, each returns what a test looks at."""
 
 import datetime
 import os
@@ -16,7 +16,15 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.optim.distributed.model import (
-    CLIPPED, HYPER, LAYOUTS, SHAPES, STEPS, Model, build, optimizer_for, snapshot, train,
+    CLIPPED,
+    HYPER,
+    LAYOUTS,
+    STEPS,
+    Model,
+    build,
+    optimizer_for,
+    snapshot,
+    train,
 )  # fmt: skip
 
 

@@ -6,7 +6,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tests.optim.distributed.model import (
-    CLIPPED, LAYOUTS, STEPS, alone, assert_same, build, optimizer_for, snapshot, train,
+    CLIPPED,
+    LAYOUTS,
+    STEPS,
+    alone,
+    assert_same,
+    build,
+    optimizer_for,
+    snapshot,
+    train,
 )  # fmt: skip
 
 # What torch says of a checkpoint that one process saves or loads.
