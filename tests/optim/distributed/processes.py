@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.optim.distributed.model import (
@@ -22,6 +22,7 @@ from tests.optim.distributed.model import (
     STEPS,
     Model,
     build,
+    fed,
     optimizer_for,
     snapshot,
     train,
@@ -76,6 +77,40 @@ def partly_sharded(rank, layout):
     for param in model.layer.parameters():
         param.register_post_accumulate_grad_hook(average)
     norms = train(model, optimizer, rank)
+    return {"state": snapshot(model, optimizer), "norms": norms}
+
+
+def tensor_parallel(rank, layout):
+    """Parameters distributed by hand, with gradients placed as backward leaves them."""
+    model, options = build(layout)
+    mesh = init_device_mesh("cpu", (2,))
+    rows, columns, whole = (Shard(0), Shard(0)), (Shard(1), Shard(1)), (Replicate(), Replicate())
+    placements = {  # of a parameter, of its gradient; where there is none, a plain tensor
+        ("embed", "weight"): columns,
+        ("layer", "weight"): (Replicate(), Partial()),  # of weights beside a sharded input
+        ("layer", "bias"): whole,
+        ("layer", "scale"): (Shard(0), Replicate()),
+        ("head", "kernel"): rows,
+    }
+    for (part, name), (placement, _) in placements.items():
+        module = model.get_submodule(part)
+        param = distribute_tensor(getattr(module, name).detach(), mesh, [placement])
+        module.register_parameter(name, torch.nn.Parameter(param))
+    optimizer = optimizer_for(model, options)
+    dtype, norms = next(model.parameters()).dtype, []
+    for step in range(STEPS):
+        mine, mean = fed(step, rank, dtype), fed(step, None, dtype)
+        for part, module in model.named_children():
+            for name, param in module.named_parameters():
+                grad = mean[part][name]
+                _, placement = placements.get((part, name), (None, None))
+                if isinstance(placement, Partial):
+                    grad = DTensor.from_local(mine[part][name] / 2, mesh, [placement])
+                elif placement is not None:
+                    grad = distribute_tensor(grad, mesh, [placement])
+                param.grad = grad
+        optimizer.step()
+        norms.append(getattr(optimizer, "grad_norm", None))
     return {"state": snapshot(model, optimizer), "norms": norms}
 
 
@@ -155,6 +190,7 @@ def scenarios(folder):
         yield f"FSDP2 by columns, {layout}", sharded_columns, (layout,)
         yield f"FSDP2 with replicas, {layout}", replicas_of_shards, (layout,)
         yield f"FSDP2 in part, {layout}", partly_sharded, (layout,)
+        yield f"tensor parallel, {layout}", tensor_parallel, (layout,)
         yield f"FSDP2 moved, {layout}", moved, (layout,)
         yield f"checkpoint of two, {layout}", saved, (layout, folder)
         yield f"checkpoint of one, {layout}", resumed, (layout, f"{folder}/{layout} of one")

@@ -21,7 +21,14 @@ from tests.optim.distributed.model import (
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 EVERY = [*LAYOUTS, *CLIPPED]
-SHARDED = ("FSDP2", "FSDP2 by columns", "FSDP2 with replicas", "FSDP2 in part", "FSDP2 moved")
+SHARDED = (
+    "FSDP2",
+    "FSDP2 by columns",
+    "FSDP2 with replicas",
+    "FSDP2 in part",
+    "FSDP2 moved",
+    "tensor parallel",
+)
 
 
 @pytest.mark.parametrize("layout", EVERY)
