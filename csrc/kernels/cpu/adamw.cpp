@@ -149,9 +149,18 @@ double sum_of_squares(const void* data, int64_t size) {
 
 extern const AdamWKernels adamw;
 const AdamWKernels adamw{
-    .step = {adamw_step<float>, adamw_step<double>, adamw_step<BFloat16>, adamw_step<Float16>},
+    // [dtype][state][rounding]
+    .step = {{{{adamw_step<float>}},
+              {{adamw_step<double>}},
+              {{adamw_step<BFloat16>}},
+              {{adamw_step<Float16>}}}},
+    .observe = {},
     .sum_of_squares = {sum_of_squares<float>, sum_of_squares<double>, sum_of_squares<BFloat16>,
                        sum_of_squares<Float16>},
+    .encode_exp_avg = nullptr,
+    .encode_exp_avg_sq = nullptr,
+    .decode_exp_avg = nullptr,
+    .decode_exp_avg_sq = nullptr,
 };
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

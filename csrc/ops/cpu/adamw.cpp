@@ -67,14 +67,9 @@ struct Job {
 
 AdamWSpan part(const Job& job, int64_t unit, int64_t units) {
   const int64_t begin = unit * kUnit;
-  const auto at = [offset = begin * static_cast<int64_t>(size_of(job.dtype))](auto* data) {
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>,
-                                    const char, char>;
-    return data == nullptr ? data : static_cast<Byte*>(data) + offset;
-  };
-  const AdamWSpan& s = job.span;
-  return {at(s.param),      at(s.grad),           at(s.exp_avg),
-          at(s.exp_avg_sq), at(s.max_exp_avg_sq), std::min(units * kUnit, s.size - begin)};
+  return kernels::part(job.span, job.dtype, kernels::AdamWState::like_param,
+                       kernels::AdamWRounding::nearest, begin,
+                       std::min(units * kUnit, job.span.size - begin));
 }
 
 // All parameters in one parallel region, cut by elements and not by tensors: it serves a thousand
@@ -89,8 +84,7 @@ void run(const std::vector<Job>& jobs, const std::vector<AdamWScalars>& scalars,
       const int64_t skipped = begin - job->first_unit;
       const int64_t count = std::min(ceil_div(job->span.size, kUnit) - skipped, end - begin);
       if (count > 0) {
-        kernels.step[static_cast<size_t>(job->dtype)](part(*job, skipped, count),
-                                                      scalars[job->scalars]);
+        kernels.step(job->dtype)(part(*job, skipped, count), scalars[job->scalars]);
       }
       begin += count;
     }
@@ -138,7 +132,11 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
                      .exp_avg = own.update(exp_avgs[k]),
                      .exp_avg_sq = own.update(exp_avg_sqs[k]),
                      .max_exp_avg_sq = amsgrad ? own.update(max_exp_avg_sqs[k]) : nullptr,
-                     .size = size},
+                     .compensation = nullptr,
+                     .exp_avg_scale = nullptr,
+                     .exp_avg_sq_scale = nullptr,
+                     .size = size,
+                     .index = 0},
                     type.dtype,
                     scalars.size() - 1,
                     units});
