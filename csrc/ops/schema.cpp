@@ -27,14 +27,13 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   // weight_decay, maximize of each group. Gradients are divided by loss_scale, then clipped to
   // max_grad_norm, and not written. Nothing is written either if a gradient is not finite and there
   // is a loss_scale or skip_nonfinite. sum_of_squares, of the gradients before loss_scale: given
-  // where this process has only a part of them. observe: fill in averages (which move by
-  // average_weight), bfloat16 weights, and the last three results. Returns float64 [5]: norm of the
-  // gradients (NaN if it was not needed), 1 if skipped, norm of the update, elements whose update
-  // was lost, gradients not finite.
+  // where this process has only a part of them. Averages move by average_weight. Returns float64
+  // [5]: norm of the gradients (NaN if it was not needed), 1 if skipped, and with statistics norm
+  // of the update, share of the elements whose update was lost, gradients not finite.
   m.def(
       "_adamw_run(Tensor(a!) plan, Tensor[] grads, int[] which, float[] hyper, "
       "float? max_grad_norm, Tensor? loss_scale, Tensor? sum_of_squares, bool skip_nonfinite, "
-      "int seed, bool observe, float average_weight) -> Tensor");
+      "int seed, bool statistics, float average_weight) -> Tensor");
   // float64 [1]: the square of grad_norm.
   m.def("_adamw_sum_of_squares(Tensor[] grads) -> Tensor");
   // 8-bit states from and to float32 tensors that lie as the codes do, without gaps. A signed one

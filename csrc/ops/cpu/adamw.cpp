@@ -85,7 +85,7 @@ std::vector<AdamWHyper> groups_of(const std::vector<double>& values) {
 Tensor adamw_run(Tensor plan_bytes, TensorList grads, IntList which, std::vector<double> hyper,
                  std::optional<double> max_grad_norm, std::optional<Tensor> loss_scale,
                  std::optional<Tensor> sum_of_squares, bool skip_nonfinite, int64_t seed,
-                 bool observe, double average_weight) {
+                 bool statistics, double average_weight) {
   constexpr const char* op = "_adamw_run";
   AdamWPlan& plan = to_plan(plan_bytes);
   const std::vector<AdamWHyper> groups = groups_of(hyper);
@@ -102,7 +102,7 @@ Tensor adamw_run(Tensor plan_bytes, TensorList grads, IntList which, std::vector
   const bool may_skip = loss_scale || skip_nonfinite;
   double norm = NAN, clip = 1;
   int64_t nonfinite = 0;
-  if (may_skip || max_grad_norm) {
+  if (may_skip || max_grad_norm || statistics) {
     const double sum = sum_of_squares ? scalar(*sum_of_squares) : run.sum_of_squares();
     norm = std::sqrt(sum) * unscale;
     if (max_grad_norm) {
@@ -119,8 +119,8 @@ Tensor adamw_run(Tensor plan_bytes, TensorList grads, IntList which, std::vector
     }
   }
   const kernels::AdamWStatistics seen =
-      run.step(groups, unscale * clip, {static_cast<uint64_t>(seed), average_weight, observe});
-  return vector_of({norm, 0, std::sqrt(seen.update_squares), static_cast<double>(seen.lost),
+      run.step(groups, unscale * clip, {static_cast<uint64_t>(seed), average_weight, statistics});
+  return vector_of({norm, 0, std::sqrt(seen.update_squares), run.share(seen.lost),
                     static_cast<double>(seen.nonfinite)});
 }
 

@@ -197,9 +197,16 @@ int64_t AdamWRun::count_nonfinite() const {
   return count;
 }
 
+double AdamWRun::share(int64_t count) const {
+  int64_t total = 0;
+  for (const Work& work : work_) total += work.span.size;
+  return static_cast<double>(count) / static_cast<double>(std::max<int64_t>(total, 1));
+}
+
 AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double grad_scale,
                                const AdamWOptions& options) {
   Pieces pieces(kPiece);
+  bool observe = options.statistics;
   for (size_t k = 0; k < work_.size(); ++k) {
     Work& work = work_[k];
     const double step = *work.step_count + 1.0;
@@ -213,10 +220,11 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
     work.scalars.key = kernels::adamw_key(options.seed, static_cast<uint64_t>(step),
                                           static_cast<uint64_t>(work.entry->id));
     pieces.add(work.span.size);
+    observe = observe || work.average || work.bfloat16_weight;
   }
 
   AdamWStatistics total{};
-  if (options.observe) {
+  if (observe) {
     std::vector<AdamWStatistics> partial(static_cast<size_t>(pieces.count()));
     pieces.for_each(descending_, [&](size_t t, int64_t begin, int64_t size, int64_t piece) {
       work_[t].run_observed(begin, size, options.average_weight,

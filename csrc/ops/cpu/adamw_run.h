@@ -14,7 +14,7 @@ struct AdamWHyper {
 struct AdamWOptions {
   uint64_t seed = 0;
   double average_weight = 0;
-  bool observe = false;  // statistics, averages, copies: all that runs after a step
+  bool statistics = false;
 };
 
 // A step between its checks and its writes.
@@ -28,6 +28,9 @@ class AdamWRun {
   // Over all gradients, in an order fixed by their sizes.
   double sum_of_squares();
   int64_t count_nonfinite() const;
+
+  // A number of elements as a share of all.
+  double share(int64_t count) const;
 
   // Steps. After sum_of_squares it begins where that ended: what it read last may still be in
   // cache.
