@@ -21,12 +21,16 @@ struct State {
 
 State stepped(Capability capability, int64_t size, DType dtype, bool amsgrad) {
   State s(size, dtype);
-  const AdamWSpan span{s.p.data.get(),
-                       s.g.data.get(),
-                       s.m.data.get(),
-                       s.v.data.get(),
-                       amsgrad ? s.x.data.get() : nullptr,
-                       size};
+  const AdamWSpan span{.param = s.p.data.get(),
+                       .grad = s.g.data.get(),
+                       .exp_avg = s.m.data.get(),
+                       .exp_avg_sq = s.v.data.get(),
+                       .max_exp_avg_sq = amsgrad ? s.x.data.get() : nullptr,
+                       .compensation = nullptr,
+                       .exp_avg_scale = nullptr,
+                       .exp_avg_sq_scale = nullptr,
+                       .size = size,
+                       .index = 0};
   const AdamWScalars scalars{.decay = 1 - 1e-5,
                              .beta1 = 0.9,
                              .beta2 = 0.999,
@@ -34,7 +38,7 @@ State stepped(Capability capability, int64_t size, DType dtype, bool amsgrad) {
                              .bias_root = std::sqrt(1 - std::pow(0.999, 3)),
                              .eps = 1e-8,
                              .grad_scale = -0.5};
-  table(capability).adamw->step[static_cast<size_t>(dtype)](span, scalars);
+  table(capability).adamw->step(dtype)(span, scalars);
   return s;
 }
 

@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from torchweld.optim.adamw import AdamW, Statistics
+
+__all__ = ["AdamW", "Statistics"]

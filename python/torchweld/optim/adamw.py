@@ -1,0 +1,576 @@
+"""The AdamW optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from torchweld.optim import _distributed, _state
+from torchweld.optim._plan import Plan
+
+
+class Statistics(NamedTuple):
+    """What :meth:`AdamW.observe` saw of the last step; tensors of no dimensions, float64.
+
+    Attributes:
+        grad_norm: 2-norm of all gradients before clipping.
+        update_norm: 2-norm of what the step added to all parameters.
+        lost: share of the elements whose update, though not zero, left the stored weight as it was.
+        nonfinite: number of elements of the gradients that are infinite or NaN.
+    """
+
+    grad_norm: Tensor
+    update_norm: Tensor
+    lost: Tensor
+    nonfinite: Tensor
+
+
+class _Kept:
+    """Carries a tensor past torch's load_state_dict, which casts to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class AdamW(torch.optim.AdamW):
+    r"""AdamW in one pass over memory, with clipping by the global norm inside the step.
+
+    A :class:`torch.optim.AdamW` in everything but speed: the same arguments, defaults, param
+    groups and ``state_dict``, which may go from one to the other and back in the middle of a
+    training. For each parameter :math:`p` with gradient :math:`g`, at step :math:`t`
+
+    .. math::
+        g &\leftarrow g \cdot \min(1, \text{max\_grad\_norm} / (\lVert g \rVert_2 + 10^{-6})) \\
+        p &\leftarrow p - \text{lr} \cdot \text{weight\_decay} \cdot p \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        p &\leftarrow p - \frac{\text{lr}}{1 - \beta_1^t} \cdot
+            \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \text{eps}}
+
+    Parameters are float32, float64, bfloat16, float16, complex64 or complex128 tensors on the CPU,
+    of any strides; the states have their dtype. The gradients are read and never written.
+
+    Args:
+        params: parameters, named parameters or dicts of param groups, as torch takes them.
+        lr: learning rate, a float or a tensor of one element on the CPU.
+        betas: decay of the moments :math:`m` and :math:`v`: two floats or two tensors.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        amsgrad: divide by the root of the largest :math:`v` so far.
+        maximize: ascend instead of descend.
+        max_grad_norm: scale all gradients of all groups together so that their 2-norm is at most
+            this, as :func:`torch.nn.utils.clip_grad_norm_` does, without writing them back. A norm
+            that is not finite spreads into the parameters, as there. None: no clipping. It is an
+            attribute of the optimizer, not of a group, and not in the ``state_dict``.
+        state_dtype: None, the states have the dtype of their parameters.
+        stochastic_rounding: False.
+        kahan: False.
+        split_master: False.
+        skip_nonfinite: False.
+        capturable: accepted and written into the param groups; without effect on the CPU.
+        fused: None or True, this optimizer is always fused.
+        foreach: None or False.
+        differentiable: False; a fused step cannot be differentiated.
+
+    Attributes:
+        max_grad_norm: the argument; may be changed between steps.
+        grad_norm: 2-norm of all gradients in the last step before clipping, a float64 tensor of no
+            dimensions; None before the first step and if ``max_grad_norm`` is None.
+
+    Raises:
+        ValueError: a hyperparameter is out of range (torch's words), or ``fused=False``,
+            ``foreach=True`` or ``differentiable=True`` is asked for.
+        NotImplementedError: an argument that is to come (``state_dtype``, ``stochastic_rounding``,
+            ``kahan``, ``split_master``, ``skip_nonfinite``) is set; in :meth:`step`, a parameter
+            is not on the CPU.
+        RuntimeError: in :meth:`step`, a gradient is sparse, or a state does not fit its parameter.
+
+    Note:
+        16-bit parameters are updated in float32 and each result is rounded once, when it is
+        stored; the norm is accumulated in float64. The results are the same bits for any number
+        of threads and on every instruction set; without clipping they are, on x86, those of
+        ``torch.optim.AdamW(fused=True)``. ``torch.amp.GradScaler`` unscales the gradients itself.
+        :func:`torch.compile` breaks the graph at :meth:`step` and runs it as it is.
+
+    Reference:
+        I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019,
+        https://arxiv.org/abs/1711.05101; S. Reddi et al., "On the Convergence of Adam and Beyond",
+        2018, https://arxiv.org/abs/1904.09237.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = tw.optim.AdamW(model.parameters(), lr=1e-3, max_grad_norm=1.0)
+        >>> model(torch.ones(3, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.grad_norm.shape
+        torch.Size([])
+    """
+
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+
+    _plan: Plan | None = None
+    _report: Tensor | None = None  # what _adamw_run returned; see csrc/ops/schema.cpp
+    _loss_scale: Tensor | None = None  # of torchweld.amp.GradScaler, while it steps
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        state_dtype: _state.StateDtype = None,
+        stochastic_rounding: bool = False,
+        kahan: bool = False,
+        split_master: bool = False,
+        skip_nonfinite: bool = False,
+        seed: int = 0,
+        capturable: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        _check_stock_arguments(fused, foreach, differentiable)
+        self._format = _format(state_dtype, stochastic_rounding, kahan, split_master)
+        if max_grad_norm is not None:
+            if not max_grad_norm >= 0:
+                raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+            if _distributed.inside_zero():
+                raise ValueError(
+                    "torchweld.optim.AdamW: max_grad_norm does not work inside a "
+                    "ZeroRedundancyOptimizer, which shows each process the gradients of some "
+                    "parameters only; call torch.nn.utils.clip_grad_norm_ before the step"
+                )
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self._seed = seed
+        self._skipped: Tensor | float = 0.0
+        self._statistics = False
+        self._average: float | None = None
+        self._shadows: dict[Tensor, Tensor] | None = None
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            capturable=capturable,
+            fused=fused,
+            foreach=foreach,
+        )
+        if self._format.is_random:
+            self.defaults["seed"] = seed
+        self._complete_groups()
+        # torch sets this for fused=True. A GradScaler that sees it leaves the unscaling to step().
+        self._step_supports_amp_scaling = False
+
+    @property
+    def seed(self) -> int:
+        """Seed of the random bits; kept in the ``param_groups`` of the ``state_dict``."""
+        seed: int = self.param_groups[0].get("seed", self._seed)
+        return seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = value
+        for group in self.param_groups:
+            group.pop("seed", None)
+        self._complete_groups()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """2-norm of all gradients in the last step before clipping, a float64 tensor of no dimensions.
+
+        None before the first step and where nothing asked for it: neither ``max_grad_norm`` nor
+        ``skip_nonfinite`` nor :meth:`observe` nor a scaler.
+        """
+        return self._report[0] if self._report is not None and self._needs_norm() else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped for a gradient that was not finite."""
+        return int(self._skipped)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Statistics of the last step; None before the first and unless :meth:`observe` is told."""
+        if self._report is None or not self._statistics:
+            return None
+        norm, _, update_norm, lost, nonfinite = self._report.unbind()
+        return Statistics(norm, update_norm, lost, nonfinite)
+
+    def observe(
+        self,
+        *,
+        statistics: bool = False,
+        average: float | None = None,
+        shadow: torch.dtype | None = None,
+    ) -> None:
+        r"""Choose what the steps from now on look at or keep beside the parameters.
+
+        All of it happens while the elements just stepped are in cache, not in passes of its own.
+        Each call replaces the choice of the last one.
+
+        Args:
+            statistics: fill in :attr:`statistics`.
+            average: decay :math:`d` of an exponential moving average of the weights, which begins
+                with the weights as they are at its first step and then moves by
+                :math:`a \leftarrow a + (1 - d)(p - a)`; see :meth:`average`. It is in the
+                ``state_dict``, in float32 (float64 and complex beside such parameters). With
+                ``kahan`` and ``split_master`` it is that of the weights with their lower bits.
+            shadow: ``torch.bfloat16``, to keep a copy of every real parameter in that dtype,
+                rounded to nearest; see :meth:`shadow`. It is not in the ``state_dict``.
+
+        Raises:
+            ValueError: ``average`` is not within [0, 1], or ``shadow`` is another dtype.
+
+        Example:
+            >>> import torch, torchweld as tw
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = tw.optim.AdamW([weight])
+            >>> optimizer.observe(statistics=True, average=0.9)
+            >>> weight.grad = torch.tensor([3.0, 4.0])
+            >>> optimizer.step()
+            >>> optimizer.statistics.grad_norm
+            tensor(5., dtype=torch.float64)
+            >>> optimizer.average(weight)
+            tensor([0.9999, 0.9999])
+        """
+        if average is not None and not 0 <= average <= 1:
+            raise ValueError(f"Invalid average value: {average}")
+        if shadow not in (None, torch.bfloat16):
+            raise ValueError(f"Invalid shadow value: {shadow}, expected torch.bfloat16")
+        self._statistics = statistics
+        self._average = average
+        self._shadows = None if shadow is None else {}
+        self._plan = None
+
+    def average(self, param: Tensor) -> Tensor:
+        """Return the average of a parameter that :meth:`observe` keeps.
+
+        Args:
+            param: a parameter of this optimizer.
+
+        Returns:
+            The very tensor that the next step will move; shape of the parameter. For a parameter
+            that has made no step: its value.
+
+        Raises:
+            RuntimeError: no average is kept.
+        """
+        if self._average is None:
+            raise RuntimeError("no weight average is kept; call observe(average=0.999) first")
+        average = self.state.get(param, {}).get("average")
+        return _copy(param, _state.average_dtype(param)) if average is None else average
+
+    def shadow(self, param: Tensor) -> Tensor:
+        """Return the bfloat16 copy of a parameter that :meth:`observe` keeps.
+
+        Args:
+            param: a real parameter of this optimizer.
+
+        Returns:
+            The very tensor that the next step will write; shape of the parameter. It is as of the
+            last step: what else writes the parameter does not change it.
+
+        Raises:
+            RuntimeError: no copies are kept.
+        """
+        shadow = self._shadow_of(param)
+        if shadow is None:
+            raise RuntimeError("no copy is kept; call observe(shadow=torch.bfloat16) first")
+        return shadow
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Args:
+            param_group: as :meth:`torch.optim.Optimizer.add_param_group` takes it.
+
+        Raises:
+            ValueError: a parameter is in the group twice, or in another group; or its dtype, or
+                ``amsgrad``, does not go with ``state_dtype``.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if len({*map(id, group["params"])}) < len(group["params"]):
+                raise ValueError(
+                    "torchweld.optim.AdamW steps all parameters at once: "
+                    "expected each parameter once, got one twice"
+                )
+            if group["amsgrad"] and self._format.state == _state.INT8:
+                raise ValueError(
+                    'torchweld.optim.AdamW: amsgrad does not go with state_dtype="int8"'
+                )
+            for param in group["params"]:
+                self._format.of(param)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as :meth:`torch.optim.Optimizer.state_dict` does.
+
+        Float states are under torch's keys in the dtype they are kept in, ``state_dtype="int8"``
+        under keys of their own (``exp_avg_code``, ``exp_avg_scale`` and likewise for
+        ``exp_avg_sq``), ``kahan`` adds ``compensation``, ``split_master`` ``remainder``.
+        8-bit states of a DTensor are given as float32 DTensors under torch's keys, so that they
+        can be loaded into any other sharding: their blocks are made anew then, with the loss of
+        one more rounding to 8 bits.
+        """
+        saved = super().state_dict()
+        for key, param in self._numbered():
+            if self._format.state == _state.INT8 and _distributed.is_dtensor(param):
+                if key in saved["state"]:
+                    saved["state"][key] = _state.decode(saved["state"][key], param)
+        return saved
+
+    def stock_state_dict(self) -> dict[str, Any]:
+        """Return the state for :class:`torch.optim.AdamW` to load.
+
+        The moments are cast to the dtypes of their parameters, and what torch does not know is
+        left out: the low bits of ``kahan`` and ``split_master``, averages, the seed.
+        """
+        saved = super().state_dict()
+        for key, param in self._numbered():
+            if key in saved["state"]:
+                saved["state"][key] = _state.to_stock(saved["state"][key], param)
+        for group in saved["param_groups"]:
+            group.pop("seed", None)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of :class:`torch.optim.AdamW`, in whatever dtypes it is.
+
+        It is converted to the dtypes this optimizer was made with. Loading 8-bit states into an
+        optimizer that keeps them so loses nothing; other conversions lose what the narrower dtype
+        cannot hold, as does an ``amsgrad`` state loaded where there is none.
+
+        Args:
+            state_dict: what :meth:`state_dict` or torch's returned.
+
+        Raises:
+            ValueError: the param groups do not match.
+        """
+        # After the hooks of the user, who is to see tensors.
+        hook = self.register_load_state_dict_pre_hook(_keep_tensors)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self.__dict__.items() if k in _ATTRIBUTES}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        self._complete_groups()
+        for param, values in self.state.items():
+            if not isinstance(values, dict) or not isinstance(param, Tensor):
+                continue  # somebody else's, which torch loads as it is
+            for name, value in values.items():
+                if isinstance(value, _Kept):
+                    values[name] = value.tensor
+            if isinstance(values.get("step"), Tensor):
+                # torch keeps it in float64 where that is the default dtype, and on the GPU.
+                device = _distributed.local(param).device
+                values["step"] = values["step"].to(device, torch.float32)
+            self.state[param] = _state.adapt(values, param, self._format.of(param))
+
+    # One operator is all there is to compile, and dynamo's model of an optimizer loses what a step
+    # does to attributes; so torch.compile runs the step as it stands.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step.
+
+        Args:
+            closure: called first, with gradients enabled, to compute the loss and its gradients.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        plan = self._plan
+        if plan is None or not plan.is_current(self):
+            plan = self._plan = Plan(self)
+        grads, which = plan.gradients()
+        if not grads:
+            self._report = torch.zeros(5, dtype=torch.float64)
+            return loss
+        try:
+            sharded = plan.sum_of_squares(grads, which) if self._needs_norm() else None
+            self._report = plan.run(
+                grads,
+                which,
+                _hyperparameters(self.param_groups),
+                self.max_grad_norm,
+                self._loss_scale,
+                sharded,
+                self.skip_nonfinite,
+                self.seed,
+                self._statistics,
+                0.0 if self._average is None else 1 - self._average,
+            )
+        except (RuntimeError, NotImplementedError):
+            for grad in grads:
+                _refuse_sparse(grad)
+            raise
+        if self.skip_nonfinite or self._loss_scale is not None:
+            self._skipped = self._skipped + self._report[1]
+        return loss
+
+    def _needs_norm(self) -> bool:
+        return (
+            self.max_grad_norm is not None
+            or self.skip_nonfinite
+            or self._statistics
+            or self._loss_scale is not None
+        )
+
+    def _numbered(self) -> list[tuple[int, Tensor]]:
+        return list(enumerate(p for group in self.param_groups for p in group["params"]))
+
+    def _complete_groups(self) -> None:
+        if self._format.is_random:
+            for group in self.param_groups:
+                group.setdefault("seed", self._seed)
+
+    def _state_of(self, param: Tensor, amsgrad: bool) -> _state.State | None:
+        """Return the state a parameter steps with; None if it has none and no gradient."""
+        state: _state.State | None = self.state.get(param)
+        form = self._format.of(param)
+        if not state:
+            if param.grad is None:
+                return None
+            if not param.is_cpu:
+                raise NotImplementedError(
+                    "torchweld.optim.AdamW runs on the CPU and not on other devices yet, "
+                    f"got a parameter on {param.device}"
+                )
+            _refuse_sparse(param.grad)
+            state = self.state[param]
+            state.update(_state.create(param, form, amsgrad))
+        else:
+            _state.complete(state, param, form, amsgrad)
+        if self._average is not None and "average" not in state:
+            state["average"] = _copy(param, _state.average_dtype(param))
+        return state
+
+    def _shadow_of(self, param: Tensor) -> Tensor | None:
+        if self._shadows is None or param.is_complex():
+            return None
+        if param not in self._shadows:
+            self._shadows[param] = _copy(param, torch.bfloat16)
+        return self._shadows[param]
+
+
+_ATTRIBUTES = (
+    "max_grad_norm",
+    "skip_nonfinite",
+    "_format",
+    "_seed",
+    "_skipped",
+    "_statistics",
+    "_average",
+    "_shadows",
+    "_report",
+)
+
+
+def _check_stock_arguments(fused: bool | None, foreach: bool | None, differentiable: bool) -> None:
+    if fused is False:
+        raise ValueError(
+            "torchweld.optim.AdamW is always fused; for fused=False use torch.optim.AdamW"
+        )
+    if foreach:
+        raise ValueError(
+            "torchweld.optim.AdamW is fused, which excludes foreach=True; "
+            "for foreach use torch.optim.AdamW"
+        )
+    if differentiable:
+        raise ValueError(
+            "torchweld.optim.AdamW is fused, and a fused step cannot be differentiated; "
+            "for differentiable=True use torch.optim.AdamW"
+        )
+
+
+def _format(
+    state_dtype: _state.StateDtype, stochastic_rounding: bool, kahan: bool, split_master: bool
+) -> _state.Format:
+    states = {None: _state.LIKE_PARAM, torch.bfloat16: _state.BFLOAT16, "int8": _state.INT8}
+    if state_dtype not in states:
+        raise ValueError(
+            f'Invalid state_dtype value: {state_dtype}, expected None, torch.bfloat16 or "int8"'
+        )
+    roundings = {
+        "stochastic_rounding": (stochastic_rounding, _state.STOCHASTIC),
+        "kahan": (kahan, _state.KAHAN),
+        "split_master": (split_master, _state.SPLIT),
+    }
+    chosen = {name: number for name, (on, number) in roundings.items() if on}
+    if len(chosen) > 1:
+        raise ValueError(
+            f"torchweld.optim.AdamW: {' and '.join(chosen)} are different ways to keep small "
+            "updates of bfloat16 parameters; choose one"
+        )
+    return _state.Format(states[state_dtype], next(iter(chosen.values()), _state.NEAREST))
+
+
+def _keep_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def keep(values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            k: _Kept(v) if isinstance(v, Tensor) and k != "step" else v for k, v in values.items()
+        }
+
+    state = {key: keep(values) for key, values in state_dict["state"].items()}
+    return {**state_dict, "state": state}
+
+
+def _hyperparameters(groups: list[dict[str, Any]]) -> list[float]:
+    values: list[float] = []
+    for group in groups:
+        beta1, beta2 = group["betas"]
+        values += (
+            float(group["lr"]),
+            float(beta1),
+            float(beta2),
+            group["eps"],
+            group["weight_decay"],
+            group["maximize"],
+        )
+    return values
+
+
+def _refuse_sparse(grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            "torchweld.optim.AdamW does not support sparse gradients: every step moves "
+            "every element through its moments, also where the gradient is zero; "
+            "consider torch.optim.SparseAdam"
+        )
+
+
+def _copy(param: Tensor, dtype: torch.dtype) -> Tensor:
+    return param.detach().to(dtype, copy=True)
