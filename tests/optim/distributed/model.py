@@ -22,10 +22,23 @@ HYPER = {"lr": 1e-2, "weight_decay": 0.1}
 LAYOUTS = {
     "float32": (torch.float32, {}),
     "amsgrad": (torch.float32, {"amsgrad": True}),
+    "bfloat16 states": (torch.float32, {"state_dtype": torch.bfloat16}),
+    "int8 states": (torch.float32, {"state_dtype": "int8"}),
+    "stochastic": (torch.bfloat16, {"stochastic_rounding": True, "seed": 7}),
+    "kahan": (torch.bfloat16, {"kahan": True}),
+    "split master": (torch.bfloat16, {"split_master": True}),
+    "stochastic, int8 states": (
+        torch.bfloat16,
+        {"stochastic_rounding": True, "state_dtype": "int8"},
+    ),
 }
 CLIPPED = {
     "clipped": (torch.float32, {"max_grad_norm": 0.5}),
+    "stochastic, clipped": (torch.bfloat16, {"stochastic_rounding": True, "max_grad_norm": 0.5}),
 }
+INT8 = [layout for layout, (_, options) in LAYOUTS.items() if "int8" in options.values()]
+# These have a second formula for exp_avg_sq, torch's, at the end of a tensor: here, of a shard.
+LIKE_STOCK = ("float32", "amsgrad", "clipped")
 
 
 class Part(nn.Module):
@@ -101,15 +114,29 @@ def whole(tensor):
 
 
 def snapshot(model, optimizer):
-    """Parameters and states by name, gathered from all ranks."""
-    model = getattr(model, "module", model)
-    return {
-        name: {
-            "param": whole(param.detach()).clone(),
-            **{key: whole(value).clone() for key, value in optimizer.state[param].items()},
-        }
-        for name, param in model.named_parameters()
-    }
+    """Parameters and states by name, gathered from all ranks; codes of 8 bits as they stand."""
+    states = {}
+    saved = optimizer.state_dict()["state"]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for name, param in model.named_parameters():
+        (number,) = (i for i, other in enumerate(params) if other is param)
+        states[name] = {"param": whole(param.detach()).clone()}
+        for key, value in saved[number].items():
+            states[name][key] = whole(value).clone()
+    return states
+
+
+def decoded(snapshot):
+    """The same with moments in float32 instead of codes."""
+    out = {}
+    for name, values in snapshot.items():
+        out[name] = dict(values)
+        for key, signed in ("exp_avg", True), ("exp_avg_sq", False):
+            if f"{key}_code" in values:
+                code, scale = out[name].pop(f"{key}_code"), out[name].pop(f"{key}_scale")
+                out[name][key] = torch.empty(code.shape)
+                torch.ops.torchweld._adamw_decode(code, scale, signed, out[name][key])
+    return out
 
 
 def assert_same(ours, theirs, **tolerance):
@@ -121,6 +148,27 @@ def assert_same(ours, theirs, **tolerance):
                 ours[name][key], value, **(tolerance or {"rtol": 0, "atol": 0}),
                 msg=lambda text, name=name, key=key: f"{name}, {key}: {text}",
             )  # fmt: skip
+
+
+def assert_same_in_shards(ours, theirs, layout):
+    """Compare what was computed in shards with what was computed, or sharded, otherwise."""
+    if layout in INT8:
+        assert_near(decoded(ours), decoded(theirs), layout)
+    elif layout in LIKE_STOCK:
+        assert_same(ours, theirs, rtol=5e-7, atol=1e-8)
+    else:
+        assert_same(ours, theirs)
+
+
+def assert_near(ours, theirs, layout):
+    """Blocks of 8-bit states are those of a shard: compare how far parameters and states went."""
+    start = {name: param.detach() for name, param in build(layout)[0].named_parameters()}
+    for name, values in theirs.items():
+        assert ours[name].keys() == values.keys()
+        for key, value in values.items():
+            zero = start[name] if key == "param" else torch.zeros(())
+            error = (ours[name][key].double() - value.double()).norm()
+            assert error <= 0.1 * (value.double() - zero.double()).norm(), (name, key)
 
 
 def alone(layout, groups=True):

@@ -209,7 +209,7 @@ def main(rank, folder):
     for name, run, arguments in scenarios(folder):
         try:
             results[name] = run(rank, *arguments)
-        except Exception:
+        except (Exception, dcp.api.CheckpointException):  # the latter is none of the former
             results[name] = traceback.format_exc()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
