@@ -64,6 +64,7 @@ class Plan:
         self._check_devices()
         places = torch.tensor(rows, dtype=torch.int64)
         self._handle = torch.ops.torchweld._adamw_plan(self._tensors, places) if rows else None
+        self._run = torch.ops.torchweld._adamw_run.default
 
     def is_current(self, optimizer: AdamW) -> bool:
         """Tell whether nothing has changed but values and gradients."""
@@ -99,7 +100,7 @@ class Plan:
 
     def sum_of_squares(self, grads: Sequence[Tensor], which: Sequence[int]) -> Tensor | None:
         """Return that of all processes' gradients; None if this one has them whole."""
-        if all(reduction is None for reduction in self._reductions):
+        if not self._sharded:
             return None
         parts: dict[Any, list[Tensor]] = {}
         for i, grad in zip(which or range(len(self.params)), grads, strict=True):
@@ -112,9 +113,7 @@ class Plan:
 
     def run(self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any) -> Tensor:
         """Do one step; see _adamw_run in csrc/ops/schema.cpp."""
-        report: Tensor = torch.ops.torchweld._adamw_run.default(
-            self._handle, grads, which, *arguments
-        )
+        report: Tensor = self._run(self._handle, grads, which, *arguments)
         # So that a backward through a graph that saved them before the step is an error and not a
         # wrong number.
         params = [self.params[i] for i in which] if which else self.params

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
 from torchweld.optim import _distributed, _state
@@ -116,7 +118,10 @@ class AdamW(torch.optim.AdamW):
 
     _plan: Plan | None = None
     _report: Tensor | None = None  # what _adamw_run returned; see csrc/ops/schema.cpp
-    _loss_scale: Tensor | None = None  # of torchweld.amp.GradScaler, while it steps
+    _has_norm = False  # whether the norm was needed
+    # Set and read by torchweld.amp.GradScaler around its step.
+    _loss_scale: Tensor | None = None
+    _found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -196,7 +201,7 @@ class AdamW(torch.optim.AdamW):
         None before the first step and where nothing asked for it: neither ``max_grad_norm`` nor
         ``skip_nonfinite`` nor :meth:`observe` nor a scaler.
         """
-        return self._report[0] if self._report is not None and self._needs_norm() else None
+        return self._report[0] if self._report is not None and self._has_norm else None
 
     @property
     def skipped_steps(self) -> int:
@@ -414,38 +419,56 @@ class AdamW(torch.optim.AdamW):
         if plan is None or not plan.is_current(self):
             plan = self._plan = Plan(self)
         grads, which = plan.gradients()
-        if not grads:
-            self._report = torch.zeros(5, dtype=torch.float64)
-            return loss
+        scaled = self._loss_scale is not None
+        if scaled and plan.has_float16:
+            raise ValueError("Attempting to unscale FP16 gradients.")
+        may_skip = scaled or self.skip_nonfinite
+        self._has_norm = may_skip or self._statistics or self.max_grad_norm is not None
         try:
-            sharded = plan.sum_of_squares(grads, which) if self._needs_norm() else None
-            self._report = plan.run(
-                grads,
-                which,
-                _hyperparameters(self.param_groups),
-                self.max_grad_norm,
-                self._loss_scale,
-                sharded,
-                self.skip_nonfinite,
-                self.seed,
-                self._statistics,
-                0.0 if self._average is None else 1 - self._average,
-            )
+            self._report = self._run(plan, grads, which)
         except (RuntimeError, NotImplementedError):
             for grad in grads:
                 _refuse_sparse(grad)
             raise
-        if self.skip_nonfinite or self._loss_scale is not None:
+        if may_skip:
             self._skipped = self._skipped + self._report[1]
+        if scaled and grads:
+            self._found_inf = self._report[1].float()
         return loss
 
-    def _needs_norm(self) -> bool:
-        return (
-            self.max_grad_norm is not None
-            or self.skip_nonfinite
-            or self._statistics
-            or self._loss_scale is not None
+    def _run(self, plan: Plan, grads: list[Tensor], which: list[int]) -> Tensor:
+        if not grads:
+            return torch.zeros(5, dtype=torch.float64)
+        return plan.run(
+            grads,
+            which,
+            _hyperparameters(self.param_groups),
+            self.max_grad_norm,
+            self._loss_scale,
+            plan.sum_of_squares(grads, which) if self._has_norm else None,
+            self.skip_nonfinite,
+            self.seed,
+            self._statistics,
+            0.0 if self._average is None else 1 - self._average,
         )
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a step as torch does, for profilers and hooks; where there are none, at no cost."""
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: AdamW, *args: Any, **kwargs: Any) -> Any:
+            watched = (
+                torch.autograd.profiler._is_profiler_enabled
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or optimizer._global_optimizer_pre_hooks
+                or optimizer._global_optimizer_post_hooks
+            )
+            return (hooked if watched else func)(self, *args, **kwargs)
+
+        return step
 
     def _numbered(self) -> list[tuple[int, Tensor]]:
         return list(enumerate(p for group in self.param_groups for p in group["params"]))
@@ -494,6 +517,7 @@ _ATTRIBUTES = (
     "_average",
     "_shadows",
     "_report",
+    "_has_norm",
 )
 
 
