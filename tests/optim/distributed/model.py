@@ -109,6 +109,25 @@ def train(model, optimizer, rank, steps=range(STEPS)):
     return norms
 
 
+def train_scaled(model, optimizer, rank, scaler):
+    """Train with a scaler; the second step meets an infinity, in a shard of the second rank.
+
+    Returns:
+        The scale after each step.
+    """
+    scales = []
+    for step in range(STEPS):
+        numbers = fed(step, rank, torch.float32)
+        if step == 1 and rank != 0:
+            numbers["embed"]["weight"][32, 39] = torch.inf
+        optimizer.zero_grad()
+        scaler.scale(model(numbers)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales
+
+
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -153,14 +172,15 @@ def assert_same(ours, theirs, **tolerance):
 def assert_same_in_shards(ours, theirs, layout):
     """Compare what was computed in shards with what was computed, or sharded, otherwise."""
     if layout in INT8:
-        assert_near(decoded(ours), decoded(theirs), layout)
+        most = 0.1 if "stochastic" not in layout else 0.5  # steps are few ulps long
+        assert_near(decoded(ours), decoded(theirs), layout, most)
     elif layout in LIKE_STOCK:
         assert_same(ours, theirs, rtol=5e-7, atol=1e-8)
     else:
         assert_same(ours, theirs)
 
 
-def assert_near(ours, theirs, layout):
+def assert_near(ours, theirs, layout, most=0.1):
     """Blocks of 8-bit states are those of a shard: compare how far parameters and states went."""
     start = {name: param.detach() for name, param in build(layout)[0].named_parameters()}
     for name, values in theirs.items():
@@ -168,7 +188,14 @@ def assert_near(ours, theirs, layout):
         for key, value in values.items():
             zero = start[name] if key == "param" else torch.zeros(())
             error = (ours[name][key].double() - value.double()).norm()
-            assert error <= 0.1 * (value.double() - zero.double()).norm(), (name, key)
+            assert error <= most * (value.double() - zero.double()).norm(), (name, key)
+
+
+def alone_scaled(scaler):
+    model, options = build("clipped")
+    optimizer = optimizer_for(model, options)
+    scales = train_scaled(model, optimizer, None, scaler)
+    return snapshot(model, optimizer), scales
 
 
 def alone(layout, groups=True):

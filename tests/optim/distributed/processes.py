@@ -26,6 +26,7 @@ from tests.optim.distributed.model import (
     optimizer_for,
     snapshot,
     train,
+    train_scaled,
 )  # fmt: skip
 
 
@@ -114,6 +115,21 @@ def tensor_parallel(rank, layout):
     return {"state": snapshot(model, optimizer), "norms": norms}
 
 
+SCALERS = {"tw": tw.amp.GradScaler, "torch": torch.amp.GradScaler}
+
+
+def scaled(rank, wrap, scaler):
+    if wrap == "DDP":
+        model, options = build("clipped")
+        wrapped = DistributedDataParallel(model)
+    else:
+        model, options = sharded("clipped")
+        wrapped = model
+    optimizer = optimizer_for(model, options)
+    scales = train_scaled(wrapped, optimizer, rank, SCALERS[scaler]("cpu", init_scale=1024.0))
+    return {"state": snapshot(model, optimizer), "scales": scales}
+
+
 def moved(rank, layout):
     """Converting a model puts other tensors under the parameters that the optimizer knows."""
     model, options = sharded(layout)
@@ -196,6 +212,9 @@ def scenarios(folder):
         yield f"checkpoint of one, {layout}", resumed, (layout, f"{folder}/{layout} of one")
     for layout in LAYOUTS:
         yield f"ZeRO, {layout}", zero, (layout,)
+    for wrap in "DDP", "FSDP2":
+        for scaler in SCALERS:
+            yield f"{wrap}, {scaler} GradScaler", scaled, (wrap, scaler)
     yield "ZeRO refuses to clip", zero_refuses_to_clip, ()
 
 

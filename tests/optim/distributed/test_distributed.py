@@ -7,10 +7,22 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tests.optim.distributed.model import (
-    CLIPPED, INT8, LAYOUTS, STEPS, alone, assert_near, assert_same, assert_same_in_shards, build,
-    decoded, optimizer_for, snapshot, train,
+    CLIPPED,
+    INT8,
+    LAYOUTS,
+    STEPS,
+    alone,
+    alone_scaled,
+    assert_near,
+    assert_same,
+    assert_same_in_shards,
+    build,
+    decoded,
+    optimizer_for,
+    snapshot,
+    train,
 )  # fmt: skip
-from tests.optim.distributed.processes import resumed
+from tests.optim.distributed.processes import SCALERS, resumed
 
 # What torch says of a checkpoint that one process saves or loads.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -34,6 +46,18 @@ def test_two_processes(ranks, wrapper, layout):
         if layout in CLIPPED and "norms" in ours:
             assert all(norm > 0.5 for norm in norms)  # clipped indeed
             torch.testing.assert_close(ours["norms"], norms, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("scaler", SCALERS)
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_scaler(ranks, wrapper, scaler):
+    """An infinity in the shard of one process makes both skip the step."""
+    expected, scales = alone_scaled(SCALERS[scaler]("cpu", init_scale=1024.0))
+    assert scales == [1024, 512, 512]
+    for ours in ranks(f"{wrapper}, {scaler} GradScaler"):
+        assert ours["scales"] == scales
+        assert_same_in_shards(ours["state"], expected, "clipped")
+        assert all(values["step"] == STEPS - 1 for values in ours["state"].values())
 
 
 @pytest.mark.parametrize("layout", [one for one in LAYOUTS if "stochastic" not in one])
