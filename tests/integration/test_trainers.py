@@ -4,6 +4,7 @@
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,6 +16,23 @@ tw = pytest.importorskip("torchweld")
 pytestmark = pytest.mark.filterwarnings("default")
 
 HYPER = {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
+# Layouts that must survive a checkpoint, all with clipping inside the step.
+LAYOUTS = {
+    "float32": {},
+    "bfloat16 states": {"state_dtype": torch.bfloat16},
+    "int8 states": {"state_dtype": "int8"},
+    "split": {"split_master": True},
+    "stochastic": {"stochastic_rounding": True, "state_dtype": "int8"},
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def clipping(layout):
+    return functools.partial(tw.optim.AdamW, max_grad_norm=0.5, **LAYOUTS[layout])
+
+
+def dtype_of(layout):
+    return torch.bfloat16 if layout in ("split", "stochastic") else torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -80,24 +98,41 @@ def test_lightning(tmp_path, options):
     assert all(not torch.equal(p, start[name]) for name, p in ours.state_dict().items())
 
 
-def test_lightning_resumes(tmp_path):
-    whole, part = lightning_module(tw.optim.AdamW), lightning_module(tw.optim.AdamW)
-    fit(whole, tmp_path, max_epochs=3)
-    fit(part, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
-    resumed = lightning_module(tw.optim.AdamW)
-    fit(resumed, tmp_path, max_epochs=3, ckpt_path=tmp_path / "one.ckpt")
+@layouts
+def test_lightning_resumes(tmp_path, layout):
+    precision = "bf16-true" if dtype_of(layout) == torch.bfloat16 else "32-true"
+    whole, part, resumed = (lightning_module(clipping(layout)) for _ in range(3))
+    fit(whole, tmp_path, max_epochs=3, precision=precision)
+    one = fit(part, tmp_path, max_epochs=1, precision=precision)
+    one.save_checkpoint(tmp_path / "one.ckpt")
+    fit(
+        resumed, tmp_path, max_epochs=3, ckpt_path=tmp_path / "one.ckpt", precision=precision
+    )  # fmt: skip
+    assert next(whole.parameters()).dtype == dtype_of(layout)
     assert_equal(resumed, whole)
+
+
+def test_lightning_with_our_scaler(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    module = lightning_module(functools.partial(tw.optim.AdamW, max_grad_norm=0.5))
+    precision = lightning.pytorch.plugins.MixedPrecision(
+        "16-mixed", "cpu", scaler=tw.amp.GradScaler("cpu", init_scale=64.0)
+    )
+    trainer = fit(module, tmp_path, plugins=precision)
+    norm = trainer.optimizers[0].grad_norm
+    assert 0 < norm < torch.inf
+    assert precision.scaler.get_scale() == 64.0
 
 
 # --- Accelerate -----------------------------------------------------------------------------------
 
 
-def accelerated(make, folder=None, **options):
+def accelerated(make, folder=None, dtype=torch.float32, clip=True, **options):
     """Train with gradients accumulated over two batches; save in the middle and go back to it."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1))
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)).to(dtype)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, **options)
     optimizer = make(model.parameters(), **HYPER)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -107,8 +142,8 @@ def accelerated(make, folder=None, **options):
     def epoch():
         for x, y in loader:
             with accelerator.accumulate(model):
-                accelerator.backward(nn.functional.mse_loss(model(x), y))
-                if accelerator.sync_gradients:
+                accelerator.backward(nn.functional.mse_loss(model(x.to(dtype)), y.to(dtype)))
+                if accelerator.sync_gradients and clip:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
@@ -131,8 +166,10 @@ def test_accelerate(mixed):
     )
 
 
-def test_accelerate_goes_back_to_what_it_saved(tmp_path):
-    assert_equal(accelerated(tw.optim.AdamW, tmp_path), accelerated(tw.optim.AdamW))
+@layouts
+def test_accelerate_goes_back_to_what_it_saved(tmp_path, layout):
+    make, how = clipping(layout), {"dtype": dtype_of(layout), "clip": False}
+    assert_equal(accelerated(make, tmp_path, **how), accelerated(make, **how))
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -157,18 +194,18 @@ def language_model():
     return transformers.LlamaForCausalLM(config)
 
 
-def hugging_face(cls, folder, resume=None, **options):
+def hugging_face(cls, folder, resume=None, dtype=torch.float32, options=None, **arguments):
     """Train by class and keyword arguments; the Trainer makes the groups and the optimizer."""
     transformers = pytest.importorskip("transformers")
-    model = language_model()
+    model = language_model().to(dtype)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), use_cpu=True, per_device_train_batch_size=4, max_steps=6,
         save_steps=3, learning_rate=HYPER["lr"], report_to=[], disable_tqdm=True,
-        logging_steps=2, **options,
+        logging_steps=2, **arguments,
     )  # fmt: skip
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=Sentences(),
-        optimizer_cls_and_kwargs=(cls, HYPER),
+        optimizer_cls_and_kwargs=(cls, {**HYPER, **(options or {})}),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -182,7 +219,15 @@ def test_transformers(tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_transformers_resumes(tmp_path):
-    whole, _ = hugging_face(tw.optim.AdamW, tmp_path)
-    resumed, _ = hugging_face(tw.optim.AdamW, tmp_path, resume=str(tmp_path / "checkpoint-3"))
+@layouts
+def test_transformers_resumes(tmp_path, layout):
+    how = {
+        "dtype": dtype_of(layout),
+        "options": {"max_grad_norm": 0.5, **LAYOUTS[layout]},
+        "max_grad_norm": 0.0,  # the Trainer's own
+    }
+    whole, _ = hugging_face(tw.optim.AdamW, tmp_path, **how)
+    resumed, _ = hugging_face(
+        tw.optim.AdamW, tmp_path, resume=str(tmp_path / "checkpoint-3"), **how
+    )
     assert_equal(resumed, whole)
