@@ -60,7 +60,9 @@ def average_dtype(param: Tensor) -> torch.dtype:
 
 def create(param: Tensor, form: Format, amsgrad: bool) -> State:
     """Return the state of a parameter before its first step."""
-    state: State = {"step": torch.zeros((), dtype=torch.float32, device=_distributed.local(param).device)}
+    state: State = {
+        "step": torch.zeros((), dtype=torch.float32, device=_distributed.local(param).device)
+    }
     complete(state, param, form, amsgrad)
     return state
 
@@ -168,7 +170,9 @@ def _recode(state: State, part: Tensor) -> None:
     """Bring codes to the device and the layout of a parameter."""
     for name, signed in _CODED.items():
         code, scale = state.get(f"{name}_code"), state.get(f"{name}_scale")
-        if not isinstance(code, Tensor) or code.shape != part.shape:
+        if not isinstance(code, Tensor) or not isinstance(scale, Tensor):
+            continue
+        if code.shape != part.shape:
             continue
         code, scale = code.to(part.device), scale.to(part.device)
         if code.stride() != torch.empty_like(part).stride():

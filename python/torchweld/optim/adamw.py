@@ -41,7 +41,7 @@ class _Kept:
 class AdamW(torch.optim.AdamW):
     r"""AdamW in one pass over memory, with clipping by the global norm inside the step.
 
-    A :class:`torch.optim.AdamW` in everything but speed: the same arguments, defaults, param
+    A :class:`torch.optim.AdamW` in all else, unless more is asked for: the same arguments, defaults, param
     groups and ``state_dict``, which may go from one to the other and back in the middle of a
     training. For each parameter :math:`p` with gradient :math:`g`, at step :math:`t`
 
@@ -54,7 +54,25 @@ class AdamW(torch.optim.AdamW):
             \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \text{eps}}
 
     Parameters are float32, float64, bfloat16, float16, complex64 or complex128 tensors on the CPU,
-    of any strides; the states have their dtype. The gradients are read and never written.
+    of any strides, or DTensors of such. The gradients are read and never written.
+
+    The states have the dtype of their parameters, unless ``state_dtype`` says otherwise:
+    ``torch.bfloat16``, or ``"int8"``: a byte for each moment and one float32 scale for every 256
+    of them. Both are rounded stochastically, so that :math:`v` can decay (rounded to nearest in
+    bfloat16 it cannot at :math:`\beta_2 = 0.999`, as then each change is below half a unit in the
+    last place). They are for float32, bfloat16 and float16 parameters.
+
+    A bfloat16 parameter rounded to nearest loses every update below half a unit in its last place,
+    2 to 4 thousandths of its value. Three arguments keep them, with states in bfloat16 or int8;
+    they leave parameters of other dtypes alone, so that a model may mix them:
+
+    ======================= ============================================ ===================
+    argument                a stored weight is                           bytes per parameter
+    ======================= ============================================ ===================
+    ``stochastic_rounding`` rounded up or down at random, right on average                 0
+    ``kahan``               rounded, and the remainder kept in bfloat16                    2
+    ``split_master``        the upper half of a float32 master                             2
+    ======================= ============================================ ===================
 
     Args:
         params: parameters, named parameters or dicts of param groups, as torch takes them.
@@ -62,17 +80,21 @@ class AdamW(torch.optim.AdamW):
         betas: decay of the moments :math:`m` and :math:`v`: two floats or two tensors.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
-        amsgrad: divide by the root of the largest :math:`v` so far.
+        amsgrad: divide by the root of the largest :math:`v` so far; not with ``"int8"``.
         maximize: ascend instead of descend.
         max_grad_norm: scale all gradients of all groups together so that their 2-norm is at most
             this, as :func:`torch.nn.utils.clip_grad_norm_` does, without writing them back. A norm
             that is not finite spreads into the parameters, as there. None: no clipping. It is an
             attribute of the optimizer, not of a group, and not in the ``state_dict``.
-        state_dtype: None, the states have the dtype of their parameters.
-        stochastic_rounding: False.
-        kahan: False.
-        split_master: False.
-        skip_nonfinite: False.
+        state_dtype: None, ``torch.bfloat16`` or ``"int8"``; see above.
+        stochastic_rounding: see above.
+        kahan: see above.
+        split_master: see above.
+        skip_nonfinite: where a gradient is infinite or NaN, leave parameters and states as they
+            are and count the step in :attr:`skipped_steps`.
+        seed: of the random bits, which depend on it, on the step, on the number of the parameter
+            and on the place of the element in it, and on nothing else: not on threads, instruction
+            set, rank or sharding. Processes that are to stay equal must have equal seeds.
         capturable: accepted and written into the param groups; without effect on the CPU.
         fused: None or True, this optimizer is always fused.
         foreach: None or False.
@@ -80,28 +102,37 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         max_grad_norm: the argument; may be changed between steps.
-        grad_norm: 2-norm of all gradients in the last step before clipping, a float64 tensor of no
-            dimensions; None before the first step and if ``max_grad_norm`` is None.
+        skip_nonfinite: likewise.
 
     Raises:
-        ValueError: a hyperparameter is out of range (torch's words), or ``fused=False``,
-            ``foreach=True`` or ``differentiable=True`` is asked for.
-        NotImplementedError: an argument that is to come (``state_dtype``, ``stochastic_rounding``,
-            ``kahan``, ``split_master``, ``skip_nonfinite``) is set; in :meth:`step`, a parameter
-            is not on the CPU.
-        RuntimeError: in :meth:`step`, a gradient is sparse, or a state does not fit its parameter.
+        ValueError: a hyperparameter is out of range (torch's words); arguments do not go together;
+            ``fused=False``, ``foreach=True`` or ``differentiable=True`` is asked for;
+            ``max_grad_norm`` inside a ``ZeroRedundancyOptimizer``, where no process sees all
+            gradients.
+        NotImplementedError: in :meth:`step`, a parameter is not on the CPU.
+        RuntimeError: in :meth:`step`, a gradient is sparse, or a state does not fit its parameter;
+            nothing has been written then.
 
     Note:
         16-bit parameters are updated in float32 and each result is rounded once, when it is
         stored; the norm is accumulated in float64. The results are the same bits for any number
-        of threads and on every instruction set; without clipping they are, on x86, those of
-        ``torch.optim.AdamW(fused=True)``. ``torch.amp.GradScaler`` unscales the gradients itself.
+        of threads and on every instruction set; with none of the arguments above, and without
+        clipping, they are, on x86, those of ``torch.optim.AdamW(fused=True)``.
+
+        DTensors are stepped where they are. Their float states are DTensors placed alike, the norm
+        is reduced over the mesh, the random bits are those of the unsharded parameter. 8-bit states
+        have blocks of their own in every shard. Under FSDP1, which shows flat shards, the norm
+        would be that of one process: clip with its own ``clip_grad_norm_``.
+
+        Parameters, states and their grouping may be changed between steps in any way.
         :func:`torch.compile` breaks the graph at :meth:`step` and runs it as it is.
 
     Reference:
         I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019,
         https://arxiv.org/abs/1711.05101; S. Reddi et al., "On the Convergence of Adam and Beyond",
-        2018, https://arxiv.org/abs/1904.09237.
+        2018, https://arxiv.org/abs/1904.09237; P. Zamirai et al., "Revisiting BFloat16 Training",
+        2021, https://arxiv.org/abs/2010.06192; T. Dettmers et al., "8-bit Optimizers via Block-wise
+        Quantization", 2022, https://arxiv.org/abs/2110.02861.
 
     Example:
         >>> import torch, torchweld as tw
@@ -196,7 +227,7 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """2-norm of all gradients in the last step before clipping, a float64 tensor of no dimensions.
+        """2-norm of all gradients in the last step before clipping: float64, of no dimensions.
 
         None before the first step and where nothing asked for it: neither ``max_grad_norm`` nor
         ``skip_nonfinite`` nor :meth:`observe` nor a scaler.
@@ -337,9 +368,9 @@ class AdamW(torch.optim.AdamW):
         one more rounding to 8 bits.
         """
         saved = super().state_dict()
-        for key, param in self._numbered():
-            if self._format.state == _state.INT8 and _distributed.is_dtensor(param):
-                if key in saved["state"]:
+        if self._format.state == _state.INT8:
+            for key, param in self._numbered():
+                if _distributed.is_dtensor(param) and key in saved["state"]:
                     saved["state"][key] = _state.decode(saved["state"][key], param)
         return saved
 
