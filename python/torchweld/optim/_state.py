@@ -87,7 +87,7 @@ def complete(state: State, param: Tensor, form: Format, amsgrad: bool) -> None:
 def adapt(state: State, param: Tensor, form: Format) -> State:
     """Return a state of any format in this one, on the device and in the layout of `param`.
 
-    What does not fit the parameter is left as it is, for the step to report.
+    A float state that does not fit the parameter is left as it is, for the step to report.
     """
     state = decode(state, param) if form.state != INT8 else dict(state)
     for name in MOMENTS:
@@ -96,7 +96,12 @@ def adapt(state: State, param: Tensor, form: Format) -> State:
             continue
         if form.state != INT8:
             state[name] = _fit(value, param, form.moment_dtype(param))
-        elif name in _CODED and value.shape == param.shape:
+        elif name in _CODED:
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"loaded state dict has {name} of shape {tuple(value.shape)} "
+                    f"for a parameter of shape {tuple(param.shape)}"
+                )
             state[f"{name}_code"], state[f"{name}_scale"] = _encode(
                 _distributed.local(value), _distributed.local(param), _CODED[name]
             )
@@ -179,3 +184,22 @@ def _recode(state: State, part: Tensor) -> None:
             # Blocks run through memory: in another order they are other blocks.
             code, scale = _encode(_decode(code, scale, signed), part, signed)
         state[f"{name}_code"], state[f"{name}_scale"] = code, scale
+
+
+class Kept:
+    """Carries a tensor past torch's load_state_dict, which casts to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def keep_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def keep(values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            k: Kept(v) if isinstance(v, Tensor) and k != "step" else v for k, v in values.items()
+        }
+
+    state = {key: keep(values) for key, values in state_dict["state"].items()}
+    return {**state_dict, "state": state}

@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
-from torchweld.optim import _distributed, _state
+from torchweld.optim import _arguments, _distributed, _state
+from torchweld.optim._observed import Observed
 from torchweld.optim._plan import Plan
 
 
-class Statistics(NamedTuple):
-    """What :meth:`AdamW.observe` saw of the last step; tensors of no dimensions, float64.
-
-    Attributes:
-        grad_norm: 2-norm of all gradients before clipping.
-        update_norm: 2-norm of what the step added to all parameters.
-        lost: share of the elements whose update, though not zero, left the stored weight as it was.
-        nonfinite: number of elements of the gradients that are infinite or NaN.
-    """
-
-    grad_norm: Tensor
-    update_norm: Tensor
-    lost: Tensor
-    nonfinite: Tensor
-
-
-class _Kept:
-    """Carries a tensor past torch's load_state_dict, which casts to the parameter's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class AdamW(torch.optim.AdamW):
+class AdamW(Observed, torch.optim.AdamW):
     r"""AdamW in one pass over memory, with clipping by the global norm inside the step.
 
-    A :class:`torch.optim.AdamW` in all else, unless more is asked for: the same arguments, defaults, param
-    groups and ``state_dict``, which may go from one to the other and back in the middle of a
-    training. For each parameter :math:`p` with gradient :math:`g`, at step :math:`t`
+    A :class:`torch.optim.AdamW` in all else, unless more is asked for: the same arguments,
+    defaults, param groups and ``state_dict``, which may go from one to the other and back in the
+    middle of a training. For each parameter :math:`p` with gradient :math:`g`, at step :math:`t`
 
     .. math::
         g &\leftarrow g \cdot \min(1, \text{max\_grad\_norm} / (\lVert g \rVert_2 + 10^{-6})) \\
@@ -176,8 +154,8 @@ class AdamW(torch.optim.AdamW):
         foreach: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        _check_stock_arguments(fused, foreach, differentiable)
-        self._format = _format(state_dtype, stochastic_rounding, kahan, split_master)
+        _arguments.check_stock(fused, foreach, differentiable)
+        self._format = _arguments.format_of(state_dtype, stochastic_rounding, kahan, split_master)
         if max_grad_norm is not None:
             if not max_grad_norm >= 0:
                 raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
@@ -191,9 +169,6 @@ class AdamW(torch.optim.AdamW):
         self.skip_nonfinite = skip_nonfinite
         self._seed = seed
         self._skipped: Tensor | float = 0.0
-        self._statistics = False
-        self._average: float | None = None
-        self._shadows: dict[Tensor, Tensor] | None = None
         super().__init__(
             params,
             lr=lr,
@@ -238,96 +213,6 @@ class AdamW(torch.optim.AdamW):
     def skipped_steps(self) -> int:
         """How many steps were skipped for a gradient that was not finite."""
         return int(self._skipped)
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """Statistics of the last step; None before the first and unless :meth:`observe` is told."""
-        if self._report is None or not self._statistics:
-            return None
-        norm, _, update_norm, lost, nonfinite = self._report.unbind()
-        return Statistics(norm, update_norm, lost, nonfinite)
-
-    def observe(
-        self,
-        *,
-        statistics: bool = False,
-        average: float | None = None,
-        shadow: torch.dtype | None = None,
-    ) -> None:
-        r"""Choose what the steps from now on look at or keep beside the parameters.
-
-        All of it happens while the elements just stepped are in cache, not in passes of its own.
-        Each call replaces the choice of the last one.
-
-        Args:
-            statistics: fill in :attr:`statistics`.
-            average: decay :math:`d` of an exponential moving average of the weights, which begins
-                with the weights as they are at its first step and then moves by
-                :math:`a \leftarrow a + (1 - d)(p - a)`; see :meth:`average`. It is in the
-                ``state_dict``, in float32 (float64 and complex beside such parameters). With
-                ``kahan`` and ``split_master`` it is that of the weights with their lower bits.
-            shadow: ``torch.bfloat16``, to keep a copy of every real parameter in that dtype,
-                rounded to nearest; see :meth:`shadow`. It is not in the ``state_dict``.
-
-        Raises:
-            ValueError: ``average`` is not within [0, 1], or ``shadow`` is another dtype.
-
-        Example:
-            >>> import torch, torchweld as tw
-            >>> weight = torch.nn.Parameter(torch.ones(2))
-            >>> optimizer = tw.optim.AdamW([weight])
-            >>> optimizer.observe(statistics=True, average=0.9)
-            >>> weight.grad = torch.tensor([3.0, 4.0])
-            >>> optimizer.step()
-            >>> optimizer.statistics.grad_norm
-            tensor(5., dtype=torch.float64)
-            >>> optimizer.average(weight)
-            tensor([0.9999, 0.9999])
-        """
-        if average is not None and not 0 <= average <= 1:
-            raise ValueError(f"Invalid average value: {average}")
-        if shadow not in (None, torch.bfloat16):
-            raise ValueError(f"Invalid shadow value: {shadow}, expected torch.bfloat16")
-        self._statistics = statistics
-        self._average = average
-        self._shadows = None if shadow is None else {}
-        self._plan = None
-
-    def average(self, param: Tensor) -> Tensor:
-        """Return the average of a parameter that :meth:`observe` keeps.
-
-        Args:
-            param: a parameter of this optimizer.
-
-        Returns:
-            The very tensor that the next step will move; shape of the parameter. For a parameter
-            that has made no step: its value.
-
-        Raises:
-            RuntimeError: no average is kept.
-        """
-        if self._average is None:
-            raise RuntimeError("no weight average is kept; call observe(average=0.999) first")
-        average = self.state.get(param, {}).get("average")
-        return _copy(param, _state.average_dtype(param)) if average is None else average
-
-    def shadow(self, param: Tensor) -> Tensor:
-        """Return the bfloat16 copy of a parameter that :meth:`observe` keeps.
-
-        Args:
-            param: a real parameter of this optimizer.
-
-        Returns:
-            The very tensor that the next step will write; shape of the parameter. It is as of the
-            last step: what else writes the parameter does not change it.
-
-        Raises:
-            RuntimeError: no copies are kept.
-        """
-        shadow = self._shadow_of(param)
-        if shadow is None:
-            raise RuntimeError("no copy is kept; call observe(shadow=torch.bfloat16) first")
-        return shadow
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
@@ -402,7 +287,7 @@ class AdamW(torch.optim.AdamW):
             ValueError: the param groups do not match.
         """
         # After the hooks of the user, who is to see tensors.
-        hook = self.register_load_state_dict_pre_hook(_keep_tensors)
+        hook = self.register_load_state_dict_pre_hook(_state.keep_tensors)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -420,7 +305,7 @@ class AdamW(torch.optim.AdamW):
             if not isinstance(values, dict) or not isinstance(param, Tensor):
                 continue  # somebody else's, which torch loads as it is
             for name, value in values.items():
-                if isinstance(value, _Kept):
+                if isinstance(value, _state.Kept):
                     values[name] = value.tensor
             if isinstance(values.get("step"), Tensor):
                 # torch keeps it in float64 where that is the default dtype, and on the GPU.
@@ -459,7 +344,7 @@ class AdamW(torch.optim.AdamW):
             self._report = self._run(plan, grads, which)
         except (RuntimeError, NotImplementedError):
             for grad in grads:
-                _refuse_sparse(grad)
+                _arguments.refuse_sparse(grad)
             raise
         if may_skip:
             self._skipped = self._skipped + self._report[1]
@@ -473,7 +358,7 @@ class AdamW(torch.optim.AdamW):
         return plan.run(
             grads,
             which,
-            _hyperparameters(self.param_groups),
+            _arguments.hyperparameters(self.param_groups),
             self.max_grad_norm,
             self._loss_scale,
             plan.sum_of_squares(grads, which) if self._has_norm else None,
@@ -521,21 +406,13 @@ class AdamW(torch.optim.AdamW):
                     "torchweld.optim.AdamW runs on the CPU and not on other devices yet, "
                     f"got a parameter on {param.device}"
                 )
-            _refuse_sparse(param.grad)
+            _arguments.refuse_sparse(param.grad)
             state = self.state[param]
             state.update(_state.create(param, form, amsgrad))
         else:
             _state.complete(state, param, form, amsgrad)
-        if self._average is not None and "average" not in state:
-            state["average"] = _copy(param, _state.average_dtype(param))
+        self._begin_average(param, state)
         return state
-
-    def _shadow_of(self, param: Tensor) -> Tensor | None:
-        if self._shadows is None or param.is_complex():
-            return None
-        if param not in self._shadows:
-            self._shadows[param] = _copy(param, torch.bfloat16)
-        return self._shadows[param]
 
 
 _ATTRIBUTES = (
@@ -550,82 +427,3 @@ _ATTRIBUTES = (
     "_report",
     "_has_norm",
 )
-
-
-def _check_stock_arguments(fused: bool | None, foreach: bool | None, differentiable: bool) -> None:
-    if fused is False:
-        raise ValueError(
-            "torchweld.optim.AdamW is always fused; for fused=False use torch.optim.AdamW"
-        )
-    if foreach:
-        raise ValueError(
-            "torchweld.optim.AdamW is fused, which excludes foreach=True; "
-            "for foreach use torch.optim.AdamW"
-        )
-    if differentiable:
-        raise ValueError(
-            "torchweld.optim.AdamW is fused, and a fused step cannot be differentiated; "
-            "for differentiable=True use torch.optim.AdamW"
-        )
-
-
-def _format(
-    state_dtype: _state.StateDtype, stochastic_rounding: bool, kahan: bool, split_master: bool
-) -> _state.Format:
-    states = {None: _state.LIKE_PARAM, torch.bfloat16: _state.BFLOAT16, "int8": _state.INT8}
-    if state_dtype not in states:
-        raise ValueError(
-            f'Invalid state_dtype value: {state_dtype}, expected None, torch.bfloat16 or "int8"'
-        )
-    roundings = {
-        "stochastic_rounding": (stochastic_rounding, _state.STOCHASTIC),
-        "kahan": (kahan, _state.KAHAN),
-        "split_master": (split_master, _state.SPLIT),
-    }
-    chosen = {name: number for name, (on, number) in roundings.items() if on}
-    if len(chosen) > 1:
-        raise ValueError(
-            f"torchweld.optim.AdamW: {' and '.join(chosen)} are different ways to keep small "
-            "updates of bfloat16 parameters; choose one"
-        )
-    return _state.Format(states[state_dtype], next(iter(chosen.values()), _state.NEAREST))
-
-
-def _keep_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    def keep(values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {
-            k: _Kept(v) if isinstance(v, Tensor) and k != "step" else v for k, v in values.items()
-        }
-
-    state = {key: keep(values) for key, values in state_dict["state"].items()}
-    return {**state_dict, "state": state}
-
-
-def _hyperparameters(groups: list[dict[str, Any]]) -> list[float]:
-    values: list[float] = []
-    for group in groups:
-        beta1, beta2 = group["betas"]
-        values += (
-            float(group["lr"]),
-            float(beta1),
-            float(beta2),
-            group["eps"],
-            group["weight_decay"],
-            group["maximize"],
-        )
-    return values
-
-
-def _refuse_sparse(grad: Tensor) -> None:
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            "torchweld.optim.AdamW does not support sparse gradients: every step moves "
-            "every element through its moments, also where the gradient is zero; "
-            "consider torch.optim.SparseAdam"
-        )
-
-
-def _copy(param: Tensor, dtype: torch.dtype) -> Tensor:
-    return param.detach().to(dtype, copy=True)
