@@ -57,8 +57,12 @@ class GradScaler(torch.amp.GradScaler):
             AssertionError: no parameter has a gradient.
         """
         state = self._per_optimizer_states[id(optimizer)]
-        folds = isinstance(optimizer, AdamW) and state["stage"] is OptState.READY
-        if not self._enabled or not folds or "closure" in kwargs:
+        if (
+            not self._enabled
+            or not isinstance(optimizer, AdamW)
+            or state["stage"] is not OptState.READY
+            or "closure" in kwargs
+        ):
             return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")
         optimizer._loss_scale, optimizer._found_inf = self._scale, None

@@ -60,7 +60,9 @@ def average_dtype(param: Tensor) -> torch.dtype:
 
 def create(param: Tensor, form: Format, amsgrad: bool) -> State:
     """Return the state of a parameter before its first step."""
-    state: State = {"step": torch.zeros((), dtype=torch.float32, device=_distributed.local(param).device)}
+    state: State = {
+        "step": torch.zeros((), dtype=torch.float32, device=_distributed.local(param).device)
+    }
     complete(state, param, form, amsgrad)
     return state
 
@@ -85,7 +87,7 @@ def complete(state: State, param: Tensor, form: Format, amsgrad: bool) -> None:
 def adapt(state: State, param: Tensor, form: Format) -> State:
     """Return a state of any format in this one, on the device and in the layout of `param`.
 
-    What does not fit the parameter is left as it is, for the step to report.
+    A float state that does not fit the parameter is left as it is, for the step to report.
     """
     state = decode(state, param) if form.state != INT8 else dict(state)
     for name in MOMENTS:
@@ -94,7 +96,12 @@ def adapt(state: State, param: Tensor, form: Format) -> State:
             continue
         if form.state != INT8:
             state[name] = _fit(value, param, form.moment_dtype(param))
-        elif name in _CODED and value.shape == param.shape:
+        elif name in _CODED:
+            if value.shape != param.shape:
+                raise ValueError(
+                    f"loaded state dict has {name} of shape {tuple(value.shape)} "
+                    f"for a parameter of shape {tuple(param.shape)}"
+                )
             state[f"{name}_code"], state[f"{name}_scale"] = _encode(
                 _distributed.local(value), _distributed.local(param), _CODED[name]
             )
@@ -168,10 +175,31 @@ def _recode(state: State, part: Tensor) -> None:
     """Bring codes to the device and the layout of a parameter."""
     for name, signed in _CODED.items():
         code, scale = state.get(f"{name}_code"), state.get(f"{name}_scale")
-        if not isinstance(code, Tensor) or code.shape != part.shape:
+        if not isinstance(code, Tensor) or not isinstance(scale, Tensor):
+            continue
+        if code.shape != part.shape:
             continue
         code, scale = code.to(part.device), scale.to(part.device)
         if code.stride() != torch.empty_like(part).stride():
             # Blocks run through memory: in another order they are other blocks.
             code, scale = _encode(_decode(code, scale, signed), part, signed)
         state[f"{name}_code"], state[f"{name}_scale"] = code, scale
+
+
+class Kept:
+    """Carries a tensor past torch's load_state_dict, which casts to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def keep_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def keep(values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            k: Kept(v) if isinstance(v, Tensor) and k != "step" else v for k, v in values.items()
+        }
+
+    state = {key: keep(values) for key, values in state_dict["state"].items()}
+    return {**state_dict, "state": state}

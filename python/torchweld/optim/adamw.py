@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
-from torchweld.optim import _distributed, _state
+from torchweld.optim import _arguments, _distributed, _state
+from torchweld.optim._observed import Observed
 from torchweld.optim._plan import Plan
 
 
-class Statistics(NamedTuple):
-    """What :meth:`AdamW.observe` saw of the last step; tensors of no dimensions, float64.
-
-    Attributes:
-        grad_norm: 2-norm of all gradients before clipping.
-        update_norm: 2-norm of what the step added to all parameters.
-        lost: share of the elements whose update, though not zero, left the stored weight as it was.
-        nonfinite: number of elements of the gradients that are infinite or NaN.
-    """
-
-    grad_norm: Tensor
-    update_norm: Tensor
-    lost: Tensor
-    nonfinite: Tensor
-
-
-class _Kept:
-    """Carries a tensor past torch's load_state_dict, which casts to the parameter's dtype."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class AdamW(torch.optim.AdamW):
+class AdamW(Observed, torch.optim.AdamW):
     r"""AdamW in one pass over memory, with clipping by the global norm inside the step.
 
-    A :class:`torch.optim.AdamW` in everything but speed: the same arguments, defaults, param
-    groups and ``state_dict``, which may go from one to the other and back in the middle of a
-    training. For each parameter :math:`p` with gradient :math:`g`, at step :math:`t`
+    A :class:`torch.optim.AdamW` in all else, unless more is asked for: the same arguments,
+    defaults, param groups and ``state_dict``, which may go from one to the other and back in the
+    middle of a training. For each parameter :math:`p` with gradient :math:`g`, at step :math:`t`
 
     .. math::
         g &\leftarrow g \cdot \min(1, \text{max\_grad\_norm} / (\lVert g \rVert_2 + 10^{-6})) \\
@@ -54,7 +32,25 @@ class AdamW(torch.optim.AdamW):
             \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \text{eps}}
 
     Parameters are float32, float64, bfloat16, float16, complex64 or complex128 tensors on the CPU,
-    of any strides; the states have their dtype. The gradients are read and never written.
+    of any strides, or DTensors of such. The gradients are read and never written.
+
+    The states have the dtype of their parameters, unless ``state_dtype`` says otherwise:
+    ``torch.bfloat16``, or ``"int8"``: a byte for each moment and one float32 scale for every 256
+    of them. Both are rounded stochastically, so that :math:`v` can decay (rounded to nearest in
+    bfloat16 it cannot at :math:`\beta_2 = 0.999`, as then each change is below half a unit in the
+    last place). They are for float32, bfloat16 and float16 parameters.
+
+    A bfloat16 parameter rounded to nearest loses every update below half a unit in its last place,
+    2 to 4 thousandths of its value. Three arguments keep them, with states in bfloat16 or int8;
+    they leave parameters of other dtypes alone, so that a model may mix them:
+
+    ======================= ============================================ ===================
+    argument                a stored weight is                           bytes per parameter
+    ======================= ============================================ ===================
+    ``stochastic_rounding`` rounded up or down at random, right on average                 0
+    ``kahan``               rounded, and the remainder kept in bfloat16                    2
+    ``split_master``        the upper half of a float32 master                             2
+    ======================= ============================================ ===================
 
     Args:
         params: parameters, named parameters or dicts of param groups, as torch takes them.
@@ -62,17 +58,21 @@ class AdamW(torch.optim.AdamW):
         betas: decay of the moments :math:`m` and :math:`v`: two floats or two tensors.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
-        amsgrad: divide by the root of the largest :math:`v` so far.
+        amsgrad: divide by the root of the largest :math:`v` so far; not with ``"int8"``.
         maximize: ascend instead of descend.
         max_grad_norm: scale all gradients of all groups together so that their 2-norm is at most
             this, as :func:`torch.nn.utils.clip_grad_norm_` does, without writing them back. A norm
             that is not finite spreads into the parameters, as there. None: no clipping. It is an
             attribute of the optimizer, not of a group, and not in the ``state_dict``.
-        state_dtype: None, the states have the dtype of their parameters.
-        stochastic_rounding: False.
-        kahan: False.
-        split_master: False.
-        skip_nonfinite: False.
+        state_dtype: None, ``torch.bfloat16`` or ``"int8"``; see above.
+        stochastic_rounding: see above.
+        kahan: see above.
+        split_master: see above.
+        skip_nonfinite: where a gradient is infinite or NaN, leave parameters and states as they
+            are and count the step in :attr:`skipped_steps`.
+        seed: of the random bits, which depend on it, on the step, on the number of the parameter
+            and on the place of the element in it, and on nothing else: not on threads, instruction
+            set, rank or sharding. Processes that are to stay equal must have equal seeds.
         capturable: accepted and written into the param groups; without effect on the CPU.
         fused: None or True, this optimizer is always fused.
         foreach: None or False.
@@ -80,28 +80,37 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         max_grad_norm: the argument; may be changed between steps.
-        grad_norm: 2-norm of all gradients in the last step before clipping, a float64 tensor of no
-            dimensions; None before the first step and if ``max_grad_norm`` is None.
+        skip_nonfinite: likewise.
 
     Raises:
-        ValueError: a hyperparameter is out of range (torch's words), or ``fused=False``,
-            ``foreach=True`` or ``differentiable=True`` is asked for.
-        NotImplementedError: an argument that is to come (``state_dtype``, ``stochastic_rounding``,
-            ``kahan``, ``split_master``, ``skip_nonfinite``) is set; in :meth:`step`, a parameter
-            is not on the CPU.
-        RuntimeError: in :meth:`step`, a gradient is sparse, or a state does not fit its parameter.
+        ValueError: a hyperparameter is out of range (torch's words); arguments do not go together;
+            ``fused=False``, ``foreach=True`` or ``differentiable=True`` is asked for;
+            ``max_grad_norm`` inside a ``ZeroRedundancyOptimizer``, where no process sees all
+            gradients.
+        NotImplementedError: in :meth:`step`, a parameter is not on the CPU.
+        RuntimeError: in :meth:`step`, a gradient is sparse, or a state does not fit its parameter;
+            nothing has been written then.
 
     Note:
         16-bit parameters are updated in float32 and each result is rounded once, when it is
         stored; the norm is accumulated in float64. The results are the same bits for any number
-        of threads and on every instruction set; without clipping they are, on x86, those of
-        ``torch.optim.AdamW(fused=True)``. ``torch.amp.GradScaler`` unscales the gradients itself.
+        of threads and on every instruction set; with none of the arguments above, and without
+        clipping, they are, on x86, those of ``torch.optim.AdamW(fused=True)``.
+
+        DTensors are stepped where they are. Their float states are DTensors placed alike, the norm
+        is reduced over the mesh, the random bits are those of the unsharded parameter. 8-bit states
+        have blocks of their own in every shard. Under FSDP1, which shows flat shards, the norm
+        would be that of one process: clip with its own ``clip_grad_norm_``.
+
+        Parameters, states and their grouping may be changed between steps in any way.
         :func:`torch.compile` breaks the graph at :meth:`step` and runs it as it is.
 
     Reference:
         I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019,
         https://arxiv.org/abs/1711.05101; S. Reddi et al., "On the Convergence of Adam and Beyond",
-        2018, https://arxiv.org/abs/1904.09237.
+        2018, https://arxiv.org/abs/1904.09237; P. Zamirai et al., "Revisiting BFloat16 Training",
+        2021, https://arxiv.org/abs/2010.06192; T. Dettmers et al., "8-bit Optimizers via Block-wise
+        Quantization", 2022, https://arxiv.org/abs/2110.02861.
 
     Example:
         >>> import torch, torchweld as tw
@@ -145,8 +154,8 @@ class AdamW(torch.optim.AdamW):
         foreach: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        _check_stock_arguments(fused, foreach, differentiable)
-        self._format = _format(state_dtype, stochastic_rounding, kahan, split_master)
+        _arguments.check_stock(fused, foreach, differentiable)
+        self._format = _arguments.format_of(state_dtype, stochastic_rounding, kahan, split_master)
         if max_grad_norm is not None:
             if not max_grad_norm >= 0:
                 raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
@@ -160,9 +169,6 @@ class AdamW(torch.optim.AdamW):
         self.skip_nonfinite = skip_nonfinite
         self._seed = seed
         self._skipped: Tensor | float = 0.0
-        self._statistics = False
-        self._average: float | None = None
-        self._shadows: dict[Tensor, Tensor] | None = None
         super().__init__(
             params,
             lr=lr,
@@ -196,7 +202,7 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """2-norm of all gradients in the last step before clipping, a float64 tensor of no dimensions.
+        """2-norm of all gradients in the last step before clipping: float64, of no dimensions.
 
         None before the first step and where nothing asked for it: neither ``max_grad_norm`` nor
         ``skip_nonfinite`` nor :meth:`observe` nor a scaler.
@@ -207,96 +213,6 @@ class AdamW(torch.optim.AdamW):
     def skipped_steps(self) -> int:
         """How many steps were skipped for a gradient that was not finite."""
         return int(self._skipped)
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """Statistics of the last step; None before the first and unless :meth:`observe` is told."""
-        if self._report is None or not self._statistics:
-            return None
-        norm, _, update_norm, lost, nonfinite = self._report.unbind()
-        return Statistics(norm, update_norm, lost, nonfinite)
-
-    def observe(
-        self,
-        *,
-        statistics: bool = False,
-        average: float | None = None,
-        shadow: torch.dtype | None = None,
-    ) -> None:
-        r"""Choose what the steps from now on look at or keep beside the parameters.
-
-        All of it happens while the elements just stepped are in cache, not in passes of its own.
-        Each call replaces the choice of the last one.
-
-        Args:
-            statistics: fill in :attr:`statistics`.
-            average: decay :math:`d` of an exponential moving average of the weights, which begins
-                with the weights as they are at its first step and then moves by
-                :math:`a \leftarrow a + (1 - d)(p - a)`; see :meth:`average`. It is in the
-                ``state_dict``, in float32 (float64 and complex beside such parameters). With
-                ``kahan`` and ``split_master`` it is that of the weights with their lower bits.
-            shadow: ``torch.bfloat16``, to keep a copy of every real parameter in that dtype,
-                rounded to nearest; see :meth:`shadow`. It is not in the ``state_dict``.
-
-        Raises:
-            ValueError: ``average`` is not within [0, 1], or ``shadow`` is another dtype.
-
-        Example:
-            >>> import torch, torchweld as tw
-            >>> weight = torch.nn.Parameter(torch.ones(2))
-            >>> optimizer = tw.optim.AdamW([weight])
-            >>> optimizer.observe(statistics=True, average=0.9)
-            >>> weight.grad = torch.tensor([3.0, 4.0])
-            >>> optimizer.step()
-            >>> optimizer.statistics.grad_norm
-            tensor(5., dtype=torch.float64)
-            >>> optimizer.average(weight)
-            tensor([0.9999, 0.9999])
-        """
-        if average is not None and not 0 <= average <= 1:
-            raise ValueError(f"Invalid average value: {average}")
-        if shadow not in (None, torch.bfloat16):
-            raise ValueError(f"Invalid shadow value: {shadow}, expected torch.bfloat16")
-        self._statistics = statistics
-        self._average = average
-        self._shadows = None if shadow is None else {}
-        self._plan = None
-
-    def average(self, param: Tensor) -> Tensor:
-        """Return the average of a parameter that :meth:`observe` keeps.
-
-        Args:
-            param: a parameter of this optimizer.
-
-        Returns:
-            The very tensor that the next step will move; shape of the parameter. For a parameter
-            that has made no step: its value.
-
-        Raises:
-            RuntimeError: no average is kept.
-        """
-        if self._average is None:
-            raise RuntimeError("no weight average is kept; call observe(average=0.999) first")
-        average = self.state.get(param, {}).get("average")
-        return _copy(param, _state.average_dtype(param)) if average is None else average
-
-    def shadow(self, param: Tensor) -> Tensor:
-        """Return the bfloat16 copy of a parameter that :meth:`observe` keeps.
-
-        Args:
-            param: a real parameter of this optimizer.
-
-        Returns:
-            The very tensor that the next step will write; shape of the parameter. It is as of the
-            last step: what else writes the parameter does not change it.
-
-        Raises:
-            RuntimeError: no copies are kept.
-        """
-        shadow = self._shadow_of(param)
-        if shadow is None:
-            raise RuntimeError("no copy is kept; call observe(shadow=torch.bfloat16) first")
-        return shadow
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
@@ -337,9 +253,9 @@ class AdamW(torch.optim.AdamW):
         one more rounding to 8 bits.
         """
         saved = super().state_dict()
-        for key, param in self._numbered():
-            if self._format.state == _state.INT8 and _distributed.is_dtensor(param):
-                if key in saved["state"]:
+        if self._format.state == _state.INT8:
+            for key, param in self._numbered():
+                if _distributed.is_dtensor(param) and key in saved["state"]:
                     saved["state"][key] = _state.decode(saved["state"][key], param)
         return saved
 
@@ -371,7 +287,7 @@ class AdamW(torch.optim.AdamW):
             ValueError: the param groups do not match.
         """
         # After the hooks of the user, who is to see tensors.
-        hook = self.register_load_state_dict_pre_hook(_keep_tensors)
+        hook = self.register_load_state_dict_pre_hook(_state.keep_tensors)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -389,7 +305,7 @@ class AdamW(torch.optim.AdamW):
             if not isinstance(values, dict) or not isinstance(param, Tensor):
                 continue  # somebody else's, which torch loads as it is
             for name, value in values.items():
-                if isinstance(value, _Kept):
+                if isinstance(value, _state.Kept):
                     values[name] = value.tensor
             if isinstance(values.get("step"), Tensor):
                 # torch keeps it in float64 where that is the default dtype, and on the GPU.
@@ -428,7 +344,7 @@ class AdamW(torch.optim.AdamW):
             self._report = self._run(plan, grads, which)
         except (RuntimeError, NotImplementedError):
             for grad in grads:
-                _refuse_sparse(grad)
+                _arguments.refuse_sparse(grad)
             raise
         if may_skip:
             self._skipped = self._skipped + self._report[1]
@@ -442,7 +358,7 @@ class AdamW(torch.optim.AdamW):
         return plan.run(
             grads,
             which,
-            _hyperparameters(self.param_groups),
+            _arguments.hyperparameters(self.param_groups),
             self.max_grad_norm,
             self._loss_scale,
             plan.sum_of_squares(grads, which) if self._has_norm else None,
@@ -490,21 +406,13 @@ class AdamW(torch.optim.AdamW):
                     "torchweld.optim.AdamW runs on the CPU and not on other devices yet, "
                     f"got a parameter on {param.device}"
                 )
-            _refuse_sparse(param.grad)
+            _arguments.refuse_sparse(param.grad)
             state = self.state[param]
             state.update(_state.create(param, form, amsgrad))
         else:
             _state.complete(state, param, form, amsgrad)
-        if self._average is not None and "average" not in state:
-            state["average"] = _copy(param, _state.average_dtype(param))
+        self._begin_average(param, state)
         return state
-
-    def _shadow_of(self, param: Tensor) -> Tensor | None:
-        if self._shadows is None or param.is_complex():
-            return None
-        if param not in self._shadows:
-            self._shadows[param] = _copy(param, torch.bfloat16)
-        return self._shadows[param]
 
 
 _ATTRIBUTES = (
@@ -519,82 +427,3 @@ _ATTRIBUTES = (
     "_report",
     "_has_norm",
 )
-
-
-def _check_stock_arguments(fused: bool | None, foreach: bool | None, differentiable: bool) -> None:
-    if fused is False:
-        raise ValueError(
-            "torchweld.optim.AdamW is always fused; for fused=False use torch.optim.AdamW"
-        )
-    if foreach:
-        raise ValueError(
-            "torchweld.optim.AdamW is fused, which excludes foreach=True; "
-            "for foreach use torch.optim.AdamW"
-        )
-    if differentiable:
-        raise ValueError(
-            "torchweld.optim.AdamW is fused, and a fused step cannot be differentiated; "
-            "for differentiable=True use torch.optim.AdamW"
-        )
-
-
-def _format(
-    state_dtype: _state.StateDtype, stochastic_rounding: bool, kahan: bool, split_master: bool
-) -> _state.Format:
-    states = {None: _state.LIKE_PARAM, torch.bfloat16: _state.BFLOAT16, "int8": _state.INT8}
-    if state_dtype not in states:
-        raise ValueError(
-            f'Invalid state_dtype value: {state_dtype}, expected None, torch.bfloat16 or "int8"'
-        )
-    roundings = {
-        "stochastic_rounding": (stochastic_rounding, _state.STOCHASTIC),
-        "kahan": (kahan, _state.KAHAN),
-        "split_master": (split_master, _state.SPLIT),
-    }
-    chosen = {name: number for name, (on, number) in roundings.items() if on}
-    if len(chosen) > 1:
-        raise ValueError(
-            f"torchweld.optim.AdamW: {' and '.join(chosen)} are different ways to keep small "
-            "updates of bfloat16 parameters; choose one"
-        )
-    return _state.Format(states[state_dtype], next(iter(chosen.values()), _state.NEAREST))
-
-
-def _keep_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    def keep(values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {
-            k: _Kept(v) if isinstance(v, Tensor) and k != "step" else v for k, v in values.items()
-        }
-
-    state = {key: keep(values) for key, values in state_dict["state"].items()}
-    return {**state_dict, "state": state}
-
-
-def _hyperparameters(groups: list[dict[str, Any]]) -> list[float]:
-    values: list[float] = []
-    for group in groups:
-        beta1, beta2 = group["betas"]
-        values += (
-            float(group["lr"]),
-            float(beta1),
-            float(beta2),
-            group["eps"],
-            group["weight_decay"],
-            group["maximize"],
-        )
-    return values
-
-
-def _refuse_sparse(grad: Tensor) -> None:
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            "torchweld.optim.AdamW does not support sparse gradients: every step moves "
-            "every element through its moments, also where the gradient is zero; "
-            "consider torch.optim.SparseAdam"
-        )
-
-
-def _copy(param: Tensor, dtype: torch.dtype) -> Tensor:
-    return param.detach().to(dtype, copy=True)
