@@ -28,7 +28,7 @@ def ranks(folder):
     results = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
     def of(scenario, raises=False):
-        both = [result[scenario] for result in results]
+        both = [result.get(scenario, "Traceback: not reached") for result in results]
         for rank, result in enumerate(both):
             if not raises and isinstance(result, str) and result.startswith("Traceback"):
                 pytest.fail(f"{scenario}, rank {rank}: {result}")

@@ -128,6 +128,17 @@ def train_scaled(model, optimizer, rank, scaler):
     return scales
 
 
+def observe(model, optimizer, rank):
+    """Train while the steps look at what they do; return what they saw, and the averages."""
+    optimizer.observe(statistics=True, average=0.75)
+    seen = []
+    for step in range(STEPS):
+        train(model, optimizer, rank, [step])
+        seen.append({name: v.clone() for name, v in optimizer.statistics._asdict().items()})
+    averages = {n: whole(optimizer.average(p)).clone() for n, p in model.named_parameters()}
+    return {"seen": seen, "averages": averages}
+
+
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -18,6 +18,7 @@ from tests.optim.distributed.model import (
     assert_same_in_shards,
     build,
     decoded,
+    observe,
     optimizer_for,
     snapshot,
     train,
@@ -81,6 +82,28 @@ def test_zero_redundancy_refuses_to_clip(ranks):
         assert message.startswith("ValueError: ")
         assert "max_grad_norm" in message
         assert "ZeroRedundancyOptimizer" in message
+
+
+@pytest.mark.parametrize("layout", EVERY)
+def test_statistics_and_averages(ranks, layout):
+    """The statistics are those of all shards."""
+    model, options = build(layout)
+    expected = observe(model, optimizer_for(model, options), None)
+    near = {"rtol": 0.1 if layout in INT8 else 1e-5, "atol": 0}
+    for ours in ranks(f"observed, {layout}"):
+        for seen, theirs in zip(ours["seen"], expected["seen"], strict=True):
+            torch.testing.assert_close(seen, theirs, **near)
+        if layout not in INT8:
+            torch.testing.assert_close(ours["averages"], expected["averages"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("layout", EVERY)
+def test_gathered_checkpoint(ranks, layout):
+    expected, _ = alone(layout)
+    first, second = ranks(f"whole checkpoint, {layout}")
+    for ours in first, second:
+        assert_same_in_shards(ours["state"], expected, layout)
+    assert len(first["gathered"]) == len(expected)
 
 
 @pytest.mark.parametrize("layout", EVERY)
