@@ -25,8 +25,8 @@ struct Span {
       store(v_max + i, second);
     }
     weights.store_at(i, step.weight(weights.load_at(i), mv, second), random);
-    store_stochastic(m + i, mv, random.for_exp_avg());
-    store_stochastic(v + i, vv, random.for_exp_avg_sq());
+    store_stochastic(m + i, mv, random.low16());
+    store_stochastic(v + i, vv, random.high16());
   }
 
   // The last elements, fewer than a register holds, through zero-padded copies.

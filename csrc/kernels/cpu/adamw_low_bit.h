@@ -71,9 +71,13 @@ class Random {
     bits_ = x ^ (x >> 16);
   }
 
-  VecU32 for_exp_avg() const { return bits_ & 0xffffu; }
-  VecU32 for_exp_avg_sq() const { return bits_ >> 16; }
-  VecU32 for_param() const { return (bits_ * kWeyl) >> 16; }
+  // For the moments. What the two share are the least of the upper bits, and of no weight.
+  VecU32 low20() const { return bits_ & 0xfffffu; }
+  VecU32 high20() const { return bits_ >> 12; }
+  VecU32 low16() const { return bits_ & 0xffffu; }
+  VecU32 high16() const { return bits_ >> 16; }
+  // For the parameter.
+  VecU32 other16() const { return (bits_ * kWeyl) >> 16; }
 
  private:
   static constexpr uint32_t kWeyl = 0x9e3779b1u;  // 2^32 over the golden ratio
@@ -112,12 +116,12 @@ struct Weights {
 
   void store_at(int64_t i, VecF x, const Random& random) const {
     if constexpr (kRounding == AdamWRounding::stochastic) {
-      store_stochastic(param + i, x, random.for_param());
+      store_stochastic(param + i, x, random.other16());
     } else if constexpr (kRounding == AdamWRounding::kahan) {
       const VecU16 rounded = from_float(x, BFloat16{});
       memcpy(param + i, &rounded, sizeof rounded);
       store_stochastic((BFloat16*)compensation + i, x - to_float(rounded, BFloat16{}),
-                       random.for_param());
+                       random.other16());
     } else if constexpr (kRounding == AdamWRounding::split) {
       // A NaN with a full payload would carry into the sign.
       const VecU32 bits = x == x ? (VecU32)x : broadcast<VecU32>(0x7fc00000u);
