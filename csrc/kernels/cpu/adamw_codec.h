@@ -1,5 +1,5 @@
-// The minifloats of int8 AdamW states (kernels/adamw.h gives their values), by shifts of float bits:
-// no table, no search, no subnormal numbers.
+// The minifloats of int8 AdamW states (kernels/adamw.h gives their values), by shifts of float
+// bits: no table, no search, no subnormal numbers.
 //
 // A magnitude is scaled to [0, top - 2] and 2 is added. From 2 on, floats have exponents 128, 129,
 // ..., so the exponent's low bits and three of the mantissa are the code, and the other 20 say how

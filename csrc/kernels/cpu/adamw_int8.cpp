@@ -85,13 +85,13 @@ class Stepper {
     const VecF v_least = broadcast<VecF>(live ? kCodeOne : kCodeZero);
     Peak next_peak;
     for (int64_t i = 0; i < kBlock; i += kLanesF) {
-      random.next();
+      const Random::Bits bits = random.next();
       VecF m = ExpAvgCodec::decode(b.m + i, m_decode);
       VecF v = ExpAvgSqCodec::decode(b.v + i, v_decode);
       step_.moments(load(b.g + i), m, v);
-      b.weights.store_at(i, step_.weight(b.weights.load_at(i), m, v), random);
-      ExpAvgCodec::encode(b.m + i, m, m_encode, random.low20());
-      ExpAvgSqCodec::encode(b.v + i, v, v_encode, random.high20(), v_least);
+      b.weights.store_at(i, step_.weight(b.weights.load_at(i), m, v), bits);
+      ExpAvgCodec::encode(b.m + i, m, m_encode, bits.low20());
+      ExpAvgSqCodec::encode(b.v + i, v, v_encode, bits.high20(), v_least);
       next_peak.add(load(next + i));
     }
     return next_peak.value();
