@@ -122,7 +122,7 @@ using AdamWKernel = void (*)(const AdamWSpan& span, const AdamWScalars& scalars)
 
 // What to look at after a step, over elements still in cache. `param_before` and
 // `compensation_before` are copies made before the step; compensation_before is null unless kahan
-// or split. Where either holds more than 16 bits, the weight looked at is the exact sum of the two.
+// or split: the weight looked at is then the sum of the two, in float.
 struct AdamWObserver {
   const void* param_before;
   const void* compensation_before;

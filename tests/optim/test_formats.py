@@ -275,7 +275,7 @@ def test_channels_last_and_gaps(name):
         values = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0))
         start = view(values).clone()
         param = torch.nn.Parameter(view(values))
-        plain = torch.nn.Parameter(start.contiguous())
+        plain = torch.nn.Parameter(start.clone(memory_format=torch.contiguous_format))
         optimizers = [tw.optim.AdamW([p], lr=1e-2, **FORMATS[name]) for p in (param, plain)]
         for step in range(5):
             generator = torch.Generator().manual_seed(step)

@@ -10,26 +10,11 @@ namespace {
 constexpr int64_t kBlock = kAdamWBlock;
 static_assert(kBlock % kLanesF == 0);
 
-VecI32 load_codes(const uint8_t* codes) {
-  VecI8 bytes;
-  memcpy(&bytes, codes, sizeof bytes);
-  return widen(bytes);
-}
-
-void store_codes(uint8_t* codes, VecU32 values) {
-  const VecI8 bytes = low_bytes((VecI32)values);
-  memcpy(codes, &bytes, sizeof bytes);
-}
-
-VecF magnitude(VecF x) { return (VecF)((VecU32)x & 0x7fffffffu); }
-
-VecU32 signed_code(VecU32 code, VecF x) { return (code & 0x7fu) | (((VecU32)x >> 24) & 0x80u); }
-
 // The largest magnitude seen, as float bits: in their order NaN is above infinity.
 class Peak {
  public:
   void add(VecF x) {
-    const VecI32 bits = (VecI32)magnitude(x);
+    const VecI32 bits = (VecI32)x & 0x7fffffff;
     bits_ = bits > bits_ ? bits : bits_;
   }
 
@@ -95,22 +80,18 @@ class Stepper {
     const VecF v_decode = broadcast<VecF>(v_old * (beta2_ / ExpAvgSqCodec::kRange));
     const VecF m_encode = broadcast<VecF>(ExpAvgCodec::kRange / m_new);
     const VecF v_encode = broadcast<VecF>(ExpAvgSqCodec::kRange / v_new);
-    const VecF zero_code = broadcast<VecF>(2.0f), code_one = broadcast<VecF>(kCodeOne);
+    // v = 0 beside m != 0 would make the next update explode; a block of zeros stays one.
+    const bool live = m_new > ExpAvgCodec::kLeastScale;
+    const VecF v_least = broadcast<VecF>(live ? kCodeOne : kCodeZero);
     Peak next_peak;
-#pragma GCC unroll 4
     for (int64_t i = 0; i < kBlock; i += kLanesF) {
-      random.next();
-      VecF m = ExpAvgCodec::decode(load_codes(b.m + i)) * m_decode;
-      VecF v = ExpAvgSqCodec::decode(load_codes(b.v + i)) * v_decode;
+      const Random::Bits bits = random.next();
+      VecF m = ExpAvgCodec::decode(b.m + i, m_decode);
+      VecF v = ExpAvgSqCodec::decode(b.v + i, v_decode);
       step_.moments(load(b.g + i), m, v);
-      b.weights.store_at(i, step_.weight(b.weights.load_at(i), m, v), random);
-      const VecU32 m_code =
-          code_of<ExpAvgCodec>(magnitude(m), m_encode, zero_code, random.for_exp_avg() << 4);
-      // v = 0 beside m != 0 would make the next update explode.
-      const VecU32 v_code = code_of<ExpAvgSqCodec>(v, v_encode, m != 0 ? code_one : zero_code,
-                                                   random.for_exp_avg_sq() << 4);
-      store_codes(b.m + i, signed_code(m_code, m));
-      store_codes(b.v + i, v_code);
+      b.weights.store_at(i, step_.weight(b.weights.load_at(i), m, v), bits);
+      ExpAvgCodec::encode(b.m + i, m, m_encode, bits.low20());
+      ExpAvgSqCodec::encode(b.v + i, v, v_encode, bits.high20(), v_least);
       next_peak.add(load(next + i));
     }
     return next_peak.value();
@@ -156,16 +137,6 @@ void encode(const float* values, int64_t size, uint8_t* codes, float* scales, Co
   }
 }
 
-template <class Codec, class Code>
-void encode_block(const float* values, uint8_t* codes, float* scale, Code code) {
-  *scale = peak_of(values);
-  const VecF inverse = broadcast<VecF>(Codec::kRange / at_least(*scale, Codec::kLeastScale));
-  for (int64_t i = 0; i < kBlock; i += kLanesF) {
-    const VecF x = load(values + i);
-    store_codes(codes + i, code(x, inverse));
-  }
-}
-
 template <class Codec>
 void decode(const uint8_t* codes, const float* scales, int64_t size, float* values) {
   for (int64_t i = 0; i < size; i += kLanesF) {
@@ -173,8 +144,7 @@ void decode(const uint8_t* codes, const float* scales, int64_t size, float* valu
     const int64_t count = size - i < kLanesF ? size - i : kLanesF;
     uint8_t copy[kLanesF] = {};
     memcpy(copy, codes + i, (size_t)count);
-    const VecF x = Codec::decode(load_codes(copy)) * unit;
-    memcpy(values + i, &x, (size_t)count * sizeof(float));
+    store_partial(values + i, Codec::decode(copy, unit), count);
   }
 }
 
@@ -216,22 +186,28 @@ template void adamw_step_int8<BFloat16, AdamWRounding::split>(const AdamWSpan&,
                                                               const AdamWScalars&);
 
 void encode_exp_avg(const float* values, int64_t size, uint8_t* codes, float* scales) {
-  const VecU32 half = broadcast<VecU32>(1u << (kCodeShift - 1));
-  encode(values, size, codes, scales, [half](const float* x, uint8_t* code, float* scale) {
-    encode_block<ExpAvgCodec>(x, code, scale, [half](VecF x, VecF inverse) {
-      const VecF least = broadcast<VecF>(2.0f);
-      return signed_code(code_of<ExpAvgCodec>(magnitude(x), inverse, least, half), x);
-    });
+  encode(values, size, codes, scales, [](const float* x, uint8_t* code, float* scale) {
+    using Codec = ExpAvgCodec;
+    *scale = peak_of(x);
+    const VecF inverse = broadcast<VecF>(Codec::kRange / at_least(*scale, Codec::kLeastScale));
+    const VecU32 nearest = broadcast<VecU32>(kRoundNearest);
+    for (int64_t i = 0; i < kBlock; i += kLanesF) {
+      Codec::encode(code + i, load(x + i), inverse, nearest);
+    }
   });
 }
 
 void encode_exp_avg_sq(const float* values, int64_t size, uint8_t* codes, float* scales) {
-  const VecU32 half = broadcast<VecU32>(1u << (kCodeShift - 1));
-  encode(values, size, codes, scales, [half](const float* x, uint8_t* code, float* scale) {
-    encode_block<ExpAvgSqCodec>(x, code, scale, [half](VecF x, VecF inverse) {
-      const VecF least = x != 0 ? broadcast<VecF>(kCodeOne) : broadcast<VecF>(2.0f);
-      return code_of<ExpAvgSqCodec>(x, inverse, least, half);
-    });
+  encode(values, size, codes, scales, [](const float* x, uint8_t* code, float* scale) {
+    using Codec = ExpAvgSqCodec;
+    *scale = peak_of(x);
+    const VecF inverse = broadcast<VecF>(Codec::kRange / at_least(*scale, Codec::kLeastScale));
+    const VecU32 nearest = broadcast<VecU32>(kRoundNearest);
+    for (int64_t i = 0; i < kBlock; i += kLanesF) {
+      const VecF v = load(x + i);
+      const VecF least = v != 0 ? broadcast<VecF>(kCodeOne) : broadcast<VecF>(kCodeZero);
+      Codec::encode(code + i, v, inverse, nearest, least);
+    }
   });
 }
 

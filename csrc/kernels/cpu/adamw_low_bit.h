@@ -51,83 +51,125 @@ struct LowBitStep {
 
 // 32 random bits an element, counted by its index: a Weyl sequence through the rounds of Chris
 // Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/), one half of the key before them
-// and one between. Moments and parameter draw 16 bits each.
+// and one between.
 class Random {
  public:
-  Random(uint64_t key, int64_t index) : middle_(broadcast<VecU32>((uint32_t)(key >> 32))) {
+  // Lane l of the first register is element index + l * lane_step.
+  Random(uint64_t key, int64_t index, int lane_step = 1)
+      : middle_(broadcast<VecU32>((uint32_t)(key >> 32))) {
     for (int lane = 0; lane < kLanesF; ++lane) {
-      counter_[lane] = ((uint32_t)index + (uint32_t)lane) * kWeyl + (uint32_t)key;
+      counter_[lane] = ((uint32_t)index + (uint32_t)(lane * lane_step)) * kWeyl + (uint32_t)key;
     }
   }
 
-  // The next register of elements.
-  void next() {
+  struct Bits {
+    VecU32 word;
+    // For the moments. What the 20 bits share is the least of the upper, and of no weight.
+    VecU32 low20() const { return word & 0xfffffu; }
+    VecU32 high20() const { return word >> 12; }
+    VecU32 low16() const { return word & 0xffffu; }
+    VecU32 high16() const { return word >> 16; }
+    // For the parameter.
+    VecU32 other16() const { return (word * kWeyl) >> 16; }
+  };
+
+  // Of these elements; afterwards the lanes are `step` elements further.
+  Bits next(int step = kLanesF) {
     VecU32 x = counter_;
-    counter_ += kWeyl * (uint32_t)kLanesF;
+    counter_ += kWeyl * (uint32_t)step;
     x ^= x >> 16;
     x *= 0x7feb352du;
     x ^= (x >> 15) ^ middle_;
     x *= 0x846ca68bu;
-    bits_ = x ^ (x >> 16);
+    return {x ^ (x >> 16)};
   }
-
-  VecU32 for_exp_avg() const { return bits_ & 0xffffu; }
-  VecU32 for_exp_avg_sq() const { return bits_ >> 16; }
-  VecU32 for_param() const { return (bits_ * kWeyl) >> 16; }
 
  private:
   static constexpr uint32_t kWeyl = 0x9e3779b1u;  // 2^32 over the golden ratio
-  VecU32 counter_, middle_, bits_;
+  VecU32 counter_, middle_;
 };
 
-// Rounds toward zero or away from it, with the probability that makes the mean right. NaN stays.
-inline void store_stochastic(BFloat16* p, VecF x, VecU32 random16) {
-  const VecU32 add = (VecU32)(x == x) & random16;
-  const VecU16 bits = narrow(((VecU32)x + add) >> 16);
-  memcpy(p, &bits, sizeof bits);
+// A float rounded to bfloat16, in the upper half; the lower is for the caller to drop. NaN stays.
+inline VecU32 round_nearest(VecF x) {
+  const VecU32 bits = (VecU32)x;
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
+}
+// Toward zero or away from it, with the probability that makes the mean right.
+inline VecU32 round_stochastic(VecF x, VecU32 random16) {
+  return (VecU32)x + ((VecU32)(x == x) & random16);
 }
 
-inline VecU32 load_bits(const void* p) {
-  VecU16 bits;
-  memcpy(&bits, p, sizeof bits);
-  return widen(bits);
-}
+// A bfloat16 parameter and its compensation, each in the upper half of a lane.
+template <AdamWRounding kRounding>
+struct Weight16 {
+  VecU32 param, compensation;
 
-// A parameter as the step sees it: in float, whatever it is stored in.
+  VecF value() const {
+    if constexpr (kRounding == AdamWRounding::kahan) {
+      return (VecF)param + (VecF)compensation;
+    } else if constexpr (kRounding == AdamWRounding::split) {
+      return (VecF)(param + (VecU32)((VecI32)compensation >> 16));
+    } else {
+      return (VecF)param;
+    }
+  }
+
+  // The lower halves are for the caller to drop.
+  static Weight16 of(VecF x, VecU32 random16) {
+    if constexpr (kRounding == AdamWRounding::kahan) {
+      const VecU32 rounded = round_nearest(x);
+      const VecF rest = x - (VecF)(rounded & 0xffff0000u);
+      return {rounded, round_stochastic(rest, random16)};
+    } else if constexpr (kRounding == AdamWRounding::split) {
+      // A NaN with a full payload would carry into the sign.
+      const VecU32 bits = x == x ? (VecU32)x : broadcast<VecU32>(0x7fc00000u);
+      return {bits + 0x8000u, bits << 16};
+    } else if constexpr (kRounding == AdamWRounding::stochastic) {
+      return {round_stochastic(x, random16), VecU32{}};
+    } else {
+      return {round_nearest(x), VecU32{}};
+    }
+  }
+};
+
+template <AdamWRounding kRounding>
+inline constexpr bool kCompensated =
+    kRounding == AdamWRounding::kahan || kRounding == AdamWRounding::split;
+
+// Parameters as the step sees them, in float whatever they are stored in.
 template <class T, AdamWRounding kRounding>
 struct Weights {
   T* param;
   uint16_t* compensation;
 
-  typename Math<T>::Vec load_at(int64_t i) const {
-    if constexpr (kRounding == AdamWRounding::kahan) {
-      return load(param + i) + load((const BFloat16*)compensation + i);
-    } else if constexpr (kRounding == AdamWRounding::split) {
-      const VecI32 low = (VecI32)(load_bits(compensation + i) << 16) >> 16;
-      return (VecF)((load_bits(param + i) << 16) + (VecU32)low);
-    } else {
-      return load(param + i);
-    }
+  typename Math<T>::Vec load_at(int64_t i) const { return load(param + i); }
+  void store_at(int64_t i, typename Math<T>::Vec x, Random::Bits) const { store(param + i, x); }
+};
+
+template <AdamWRounding kRounding>
+struct Weights<BFloat16, kRounding> {
+  BFloat16* param;
+  uint16_t* compensation;
+
+  VecF load_at(int64_t i) const {
+    Weight16<kRounding> w{load_upper(param + i), VecU32{}};
+    if constexpr (kCompensated<kRounding>) w.compensation = load_upper(compensation + i);
+    return w.value();
+  }
+  void store_at(int64_t i, VecF x, Random::Bits random) const {
+    const auto w = Weight16<kRounding>::of(x, random.other16());
+    store_upper(param + i, w.param);
+    if constexpr (kCompensated<kRounding>) store_upper(compensation + i, w.compensation);
   }
 
-  void store_at(int64_t i, VecF x, const Random& random) const {
-    if constexpr (kRounding == AdamWRounding::stochastic) {
-      store_stochastic(param + i, x, random.for_param());
-    } else if constexpr (kRounding == AdamWRounding::kahan) {
-      const VecU16 rounded = from_float(x, BFloat16{});
-      memcpy(param + i, &rounded, sizeof rounded);
-      store_stochastic((BFloat16*)compensation + i, x - to_float(rounded, BFloat16{}),
-                       random.for_param());
-    } else if constexpr (kRounding == AdamWRounding::split) {
-      // A NaN with a full payload would carry into the sign.
-      const VecU32 bits = x == x ? (VecU32)x : broadcast<VecU32>(0x7fc00000u);
-      const VecU16 high = narrow((bits + 0x8000u) >> 16);
-      const VecU16 low = narrow(bits & 0xffffu);
-      memcpy(param + i, &high, sizeof high);
-      memcpy(compensation + i, &low, sizeof low);
-    } else {
-      store(param + i, x);
-    }
+  static VecU32 load_upper(const void* p) {
+    VecU16 bits;
+    memcpy(&bits, p, sizeof bits);
+    return widen(bits) << 16;
+  }
+  static void store_upper(void* p, VecU32 x) {
+    const VecU16 bits = narrow(x >> 16);
+    memcpy(p, &bits, sizeof bits);
   }
 };
 

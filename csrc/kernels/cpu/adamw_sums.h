@@ -10,14 +10,14 @@ namespace torchweld::kernels::TORCHWELD_ISA {
 template <class T>
 class SquareSums {
  public:
-  static constexpr int kSize = 16;
+  static constexpr int kSize = 32;  // four registers of the widest set: enough to hide an addition
   static constexpr int kRegisters = kSize / Math<T>::kLanes;
 
   // `x` holds the elements of register `r` of kRegisters.
   void add(int r, typename Math<T>::Vec x) {
     VecD wide[kWide];
     widen(x, wide);
-    for (int j = 0; j < kWide; ++j) sums_[r * kWide + j] += wide[j] * wide[j];
+    for (int j = 0; j < kWide; ++j) add_square(sums_[r * kWide + j], wide[j]);
   }
 
   // Squares of differences of two floats, which are exact in double.
@@ -25,10 +25,7 @@ class SquareSums {
     VecD a[kWide], b[kWide];
     widen(x, a);
     widen(y, b);
-    for (int j = 0; j < kWide; ++j) {
-      const VecD difference = a[j] - b[j];
-      sums_[r * kWide + j] += difference * difference;
-    }
+    for (int j = 0; j < kWide; ++j) add_square(sums_[r * kWide + j], a[j] - b[j]);
   }
 
   double total() const {
@@ -40,6 +37,8 @@ class SquareSums {
   }
 
  private:
+  static void add_square(VecD& sum, VecD x) { sum = fma(x, x, sum); }
+
   static constexpr int kWide = sizeof(typename Math<T>::Scalar) == 8 ? 1 : 2;  // VecD to a register
   VecD sums_[kSize / kLanesD] = {};
 };
