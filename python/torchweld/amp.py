@@ -56,13 +56,10 @@ class GradScaler(torch.amp.GradScaler):
             ValueError: a gradient is float16.
             AssertionError: no parameter has a gradient.
         """
+        if not self._enabled or not isinstance(optimizer, AdamW) or "closure" in kwargs:
+            return super().step(optimizer, *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
-        if (
-            not self._enabled
-            or not isinstance(optimizer, AdamW)
-            or state["stage"] is not OptState.READY
-            or "closure" in kwargs
-        ):
+        if state["stage"] is not OptState.READY:
             return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")
         optimizer._loss_scale, optimizer._found_inf = self._scale, None

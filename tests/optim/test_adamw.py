@@ -354,7 +354,9 @@ def test_load_after_the_model_changed_its_dtype(dtype):
     saved = optimizer.state_dict()
     model.to(dtype)
     backward(model, 1)
-    with pytest.raises(RuntimeError, match=r"exp_avgs: expected \w+ beside params\[0\] of \w+, got float32"):
+    with pytest.raises(
+        RuntimeError, match=r"exp_avgs: expected \w+ beside params\[0\] of \w+, got float32"
+    ):
         optimizer.step()
     optimizer = tw.optim.AdamW(model.parameters())
     optimizer.load_state_dict(saved)

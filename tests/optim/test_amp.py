@@ -134,6 +134,11 @@ def test_misuse_is_refused_as_by_torch():
     half.param_groups[0]["params"][0].grad = torch.ones(2, dtype=torch.float16)
     with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
         scaler.step(half)
-    disabled = tw.amp.GradScaler("cpu", enabled=False)
-    disabled.step(optimizer)
-    assert optimizer.state[param]["step"] == 2
+
+
+def test_disabled_it_only_steps():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.full((2,), math.inf)
+    optimizer = tw.optim.AdamW([param])
+    tw.amp.GradScaler("cpu", enabled=False).step(optimizer)
+    assert optimizer.state[param]["step"] == 1
