@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.records import OURS, STOCK, Row, by_case, fastest, geometric_mean
 
 # Okabe and Ito's colours, told apart by every kind of eye: https://jfly.uni-koeln.de/color/
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 RIVAL = "#555555"
 
 Pair = tuple[Row, Row]  # the fastest rival, our fastest
@@ -147,9 +147,16 @@ def _speed(
     ratios = [ours["ratio"] for _, ours in pairs]
     label = f"malloc {state}: geometric mean {geometric_mean(ratios):.2f}"
     bars = axes.barh(places, ratios, width, color=colour, label=label)
-    texts = [f"{ours['ratio']:.2f}  {rival['contender']}" for rival, ours in pairs]
+    texts = [
+        f"{ours['ratio']:.2f}  {rival['contender']}{_bytes(rival, ours)}" for rival, ours in pairs
+    ]
     white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
     axes.bar_label(bars, texts, padding=3, fontsize=7, bbox=white)
+
+
+def _bytes(rival: Row, ours: Row) -> str:
+    held = rival["bytes_per_param"], ours["bytes_per_param"]
+    return "" if "" in held else f"  ({held[1]:.4g} / {held[0]:.4g} B/param)"
 
 
 def _floor(axes: Any, places: Sequence[float], pairs: Sequence[Pair], colour: str) -> None:
