@@ -39,8 +39,9 @@ inline constexpr int64_t kAdamWBlock = 256;
 // so code 0 is zero, the first 8 steps are even, and after them there are 8 to each power of two.
 // The scale is an upper bound of the block, kept without seeing the results:
 //   exp_avg_scale'    = beta1 * exp_avg_scale + (1 - beta1) * max |grad|     (exp_avg_sq alike)
-// so one pass is enough. A non-finite gradient makes its element non-finite at once, as in torch,
-// and its whole block at the next step.
+// so one pass is enough. In a block that has seen a gradient no code of exp_avg_sq is 0: beside a
+// first moment that is not, it would make the next update explode. A non-finite gradient makes its
+// element non-finite at once, as in torch, and its whole block at the next step.
 struct AdamWSpan {
   void* param;
   const void* grad;
@@ -128,7 +129,7 @@ struct AdamWObserver {
   const void* compensation_before;
   void* ema;           // null, or an average in float (float64 parameters: double):
   double ema_weight;   // ema += ema_weight * (weight - ema)
-  BFloat16* bfloat16;  // null, or a copy of the weight, rounded to nearest
+  BFloat16* bfloat16;  // null, or a copy of the weight, rounded to nearest; not of float64
 };
 
 // Sums over elements; an observation adds to them.

@@ -23,7 +23,7 @@ double unit_of(double value, DType dtype) {
                    : dtype == DType::bfloat16 ? 8
                                               : 11;
   const int least = dtype == DType::float16 ? -24 : -149;
-  return std::ldexp(1, std::max(std::ilogb(value) + 1 - bits, least));
+  return std::ldexp(1, value == 0 ? least : std::max(std::ilogb(value) + 1 - bits, least));
 }
 
 void check_near(double got, double exact, double bound, const char* what, const AdamWMode& mode) {

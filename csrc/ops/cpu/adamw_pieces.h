@@ -26,19 +26,10 @@ class Pieces {
   int64_t count() const { return count_; }
 
   // f(tensor, begin, size, number of the piece) for every piece, in one parallel region; a model
-  // of few elements stays on one thread. `descending`: each thread from its last piece to its
-  // first. f must not throw.
+  // of few elements stays on one thread. f must not throw.
   template <class F>
-  void for_each(bool descending, const F& f) const {
-    parallel_for(end_, kGrain, [&](int64_t begin, int64_t end) {
-      const int64_t first =
-          std::upper_bound(places_.begin(), places_.end(), begin) - places_.begin() - 1;
-      const int64_t last = std::lower_bound(places_.begin(), places_.end(), end) - places_.begin();
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t t = descending ? last - 1 - (i - first) : i;
-        for_pieces(static_cast<size_t>(t), begin, end, descending, f);
-      }
-    });
+  void for_each(const F& f) const {
+    parallel_for(end_, kGrain, [&](int64_t begin, int64_t end) { for_range(begin, end, f); });
   }
 
  private:
@@ -47,18 +38,16 @@ class Pieces {
   // What a tensor costs whatever its size, in elements.
   static constexpr int64_t kTensorCost = 256;
 
+  // The pieces that begin in [begin, end).
   template <class F>
-  void for_pieces(size_t t, int64_t begin, int64_t end, bool descending, const F& f) const {
-    // A piece belongs to the range its first element lies in.
-    const auto reached = [&](int64_t place) {
-      const int64_t pieces = (place - places_[t] + piece_ - 1) / piece_;
-      return std::clamp<int64_t>(pieces, 0, (sizes_[t] + piece_ - 1) / piece_);
-    };
-    const int64_t first = reached(std::max(begin, places_[t])), last = reached(end);
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t k = descending ? last - 1 - (i - first) : i;
-      const int64_t at = k * piece_;
-      f(t, at, std::min(piece_, sizes_[t] - at), firsts_[t] + k);
+  void for_range(int64_t begin, int64_t end, const F& f) const {
+    size_t t = std::upper_bound(places_.begin(), places_.end(), begin) - places_.begin() - 1;
+    for (; t < places_.size() && places_[t] < end; ++t) {
+      const int64_t first = (std::max(begin - places_[t], int64_t{0}) + piece_ - 1) / piece_;
+      for (int64_t k = first; k * piece_ < std::min(sizes_[t], end - places_[t]); ++k) {
+        const int64_t at = k * piece_;
+        f(t, at, std::min(piece_, sizes_[t] - at), firsts_[t] + k);
+      }
     }
   }
 

@@ -42,7 +42,7 @@ double sum_values(const std::vector<Values>& tensors) {
   Pieces pieces(kSumPiece);
   for (const Values& x : tensors) pieces.add(x.size);
   std::vector<double> sums(static_cast<size_t>(pieces.count()));
-  pieces.for_each(false, [&](size_t t, int64_t begin, int64_t size, int64_t piece) {
+  pieces.for_each([&](size_t t, int64_t begin, int64_t size, int64_t piece) {
     const Values& x = tensors[t];
     sums[static_cast<size_t>(piece)] = adamw_kernels().sum_of_squares[static_cast<size_t>(x.dtype)](
         advance((const char*)x.data, bytes(x.dtype, begin)), size);
@@ -172,7 +172,6 @@ void AdamWRun::add(AdamWEntry& entry, const Tensor& grad) {
 }
 
 double AdamWRun::sum_of_squares() {
-  descending_ = true;
   std::vector<Values> grads;
   grads.reserve(work_.size());
   for (const Work& work : work_) grads.push_back(work.grad());
@@ -226,7 +225,7 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
   AdamWStatistics total{};
   if (observe) {
     std::vector<AdamWStatistics> partial(static_cast<size_t>(pieces.count()));
-    pieces.for_each(descending_, [&](size_t t, int64_t begin, int64_t size, int64_t piece) {
+    pieces.for_each([&](size_t t, int64_t begin, int64_t size, int64_t piece) {
       work_[t].run_observed(begin, size, options.average_weight,
                             &partial[static_cast<size_t>(piece)]);
     });
@@ -236,9 +235,8 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
       total.nonfinite += part.nonfinite;
     }
   } else {
-    pieces.for_each(descending_, [&](size_t t, int64_t begin, int64_t size, int64_t) {
-      work_[t].run(begin, size);
-    });
+    pieces.for_each(
+        [&](size_t t, int64_t begin, int64_t size, int64_t) { work_[t].run(begin, size); });
   }
   for (Work& work : work_) {
     if (work.aligned) work.aligned->write_back();

@@ -32,8 +32,6 @@ class AdamWRun {
   // A number of elements as a share of all.
   double share(int64_t count) const;
 
-  // Steps. After sum_of_squares it begins where that ended: what it read last may still be in
-  // cache.
   kernels::AdamWStatistics step(const std::vector<AdamWHyper>& groups, double grad_scale,
                                 const AdamWOptions& options = {});
 
@@ -43,7 +41,6 @@ class AdamWRun {
 
   AdamWPlan& plan_;
   std::vector<Work> work_;
-  bool descending_ = false;
 };
 
 // Sum of squares over all tensors, in an order fixed by their sizes.
