@@ -152,7 +152,8 @@ def snapshot(model, optimizer):
         (number,) = (i for i, other in enumerate(params) if other is param)
         states[name] = {"param": whole(param.detach()).clone()}
         for key, value in saved[number].items():
-            states[name][key] = whole(value).clone()
+            value = whole(value).clone()
+            states[name][key] = value.to(torch.int16) if key == "remainder" else value
     return states
 
 

@@ -3,6 +3,7 @@
 import datetime
 import os
 import traceback
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -166,10 +167,32 @@ def zero(rank, layout):
     }
 
 
-def zero_refuses_to_clip(rank):
+def zero_resumed(rank, layout):
+    """Gather the states after the first step, give them to all, and train on from them."""
+
+    def make():
+        model, options = build(layout)
+        optimizer = ZeroRedundancyOptimizer(
+            model.parameters(), optimizer_class=tw.optim.AdamW, **options
+        )
+        return model, DistributedDataParallel(model), optimizer
+
+    model, ddp, optimizer = make()
+    train(ddp, optimizer, rank, range(1))
+    optimizer.consolidate_state_dict()
+    state = [optimizer.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(state)
+    again, ddp, optimizer = make()
+    again.load_state_dict(model.state_dict())
+    optimizer.load_state_dict(state[0])
+    train(ddp, optimizer, rank, range(1, STEPS))
+    return {name: param.detach() for name, param in again.named_parameters()}
+
+
+def zero_refuses(rank, **option):
     try:
         ZeroRedundancyOptimizer(
-            Model().parameters(), optimizer_class=tw.optim.AdamW, max_grad_norm=1.0, **HYPER
+            Model().parameters(), optimizer_class=tw.optim.AdamW, **option, **HYPER
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -245,10 +268,12 @@ def scenarios(folder):
         yield f"checkpoint of one, {layout}", resumed, (layout, f"{folder}/{layout} of one")
     for layout in LAYOUTS:
         yield f"ZeRO, {layout}", zero, (layout,)
+        yield f"ZeRO resumed, {layout}", zero_resumed, (layout,)
     for wrap in "DDP", "FSDP2":
         for scaler in SCALERS:
             yield f"{wrap}, {scaler} GradScaler", scaled, (wrap, scaler)
-    yield "ZeRO refuses to clip", zero_refuses_to_clip, ()
+    for option in {"max_grad_norm": 1.0}, {"skip_nonfinite": True}:
+        yield f"ZeRO with {next(iter(option))}", partial(zero_refuses, **option), ()
 
 
 def main(rank, folder):

@@ -61,12 +61,13 @@ def test_scaler(ranks, wrapper, scaler):
         assert all(values["step"] == STEPS - 1 for values in ours["state"].values())
 
 
-@pytest.mark.parametrize("layout", [one for one in LAYOUTS if "stochastic" not in one])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_zero_redundancy(ranks, layout):
     expected, _ = alone(layout, groups=False)
     first, second = ranks(f"ZeRO, {layout}")
-    for rank in first, second:
-        for name, param in rank["params"].items():
+    resumed = ranks(f"ZeRO resumed, {layout}")
+    for params in first["params"], second["params"], *resumed:
+        for name, param in params.items():
             assert torch.equal(param, expected[name]["param"]), name
     assert_same(
         first["states"],
@@ -76,11 +77,12 @@ def test_zero_redundancy(ranks, layout):
     assert first["held"] + second["held"] == len(expected)
 
 
-def test_zero_redundancy_refuses_to_clip(ranks):
+@pytest.mark.parametrize("option", ["max_grad_norm", "skip_nonfinite"])
+def test_zero_redundancy_refuses(ranks, option):
     """Each rank's optimizer would see the norm of its own share."""
-    for message in ranks("ZeRO refuses to clip"):
+    for message in ranks(f"ZeRO with {option}"):
         assert message.startswith("ValueError: ")
-        assert "max_grad_norm" in message
+        assert option in message
         assert "ZeroRedundancyOptimizer" in message
 
 
