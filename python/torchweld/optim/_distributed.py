@@ -113,14 +113,14 @@ def reduction(param: Tensor) -> Reduction | None:
     return Reduction(param.device_mesh, dims)
 
 
-def inside_zero() -> bool:
-    """Tell whether this is called while a ZeroRedundancyOptimizer makes its local optimizer."""
+def enclosing_zero() -> Any:
+    """Return the ZeroRedundancyOptimizer whose local optimizer is being made, if any."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
-        return False
+        return None
+    code = module.ZeroRedundancyOptimizer._init_local_optimizer.__code__
     frame = sys._getframe(1)
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
-            return True
+    # Locals only of the one frame: to look at them keeps them alive until it ends.
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return None if frame is None else frame.f_locals["self"]

@@ -46,16 +46,17 @@ class Plan:
         self._tensors: list[Tensor] = []
         self._sharded: list[Tensor] = []
         rows: list[list[int]] = []
-        number = 0
+        ids = optimizer._ids()
         for k, group in enumerate(groups):
             for param in group["params"]:
                 state = optimizer._state_of(param, group["amsgrad"])
                 if state is None:
                     self._idle.append(param)
                 else:
-                    rows.append([k, number, *self._row(optimizer, param, state, group["amsgrad"])])
+                    row = self._row(optimizer, param, state, group["amsgrad"])
+                    rows.append([k, ids[param], *row])
                     self.params.append(param)
-                number += 1
+        self.is_sharded = bool(self._sharded)
         self._local_parts = [_distributed.local(x) for x in self._sharded]
         self._reductions = [_distributed.reduction(param) for param in self.params]
         self.has_float16 = any(p.dtype is torch.float16 for p in self.params)
@@ -100,15 +101,12 @@ class Plan:
 
     def sum_of_squares(self, grads: Sequence[Tensor], which: Sequence[int]) -> Tensor | None:
         """Return that of all processes' gradients; None if this one has them whole."""
-        if not self._sharded:
+        if not self.is_sharded:
             return None
-        parts: dict[Any, list[Tensor]] = {}
-        for i, grad in zip(which or range(len(self.params)), grads, strict=True):
-            parts.setdefault(self._reductions[i], []).append(grad)
         total = torch.zeros(1, dtype=torch.float64)
-        for reduction, tensors in parts.items():
-            part = torch.ops.torchweld._adamw_sum_of_squares(tensors)
-            total += _distributed.reduce_sum(part, reduction)
+        for reduction, (part, _) in self._parts(grads, which).items():
+            squares = torch.ops.torchweld._adamw_sum_of_squares(part)
+            total += _distributed.reduce_sum(squares, reduction)
         return total
 
     def run(self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any) -> Tensor:
@@ -119,6 +117,34 @@ class Plan:
         params = [self.params[i] for i in which] if which else self.params
         torch.autograd.graph.increment_version(params)
         return report
+
+    def run_in_parts(
+        self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any
+    ) -> Tensor:
+        """Do one step, and return the statistics of all processes' parameters.
+
+        What is sharded alike goes together, since its sums are reduced together.
+        """
+        total = torch.zeros(4, dtype=torch.float64)
+        for reduction, (part, places) in self._parts(grads, which).items():
+            report = self.run(part, places, *arguments)
+            size = sum(grad.numel() for grad in part)
+            sums = torch.stack([report[2].square(), report[3] * size, report[4]])
+            sums = torch.cat([sums, sums.new_tensor([size])])
+            total += _distributed.reduce_sum(sums, reduction)
+        squares, lost, nonfinite, size = total
+        return torch.stack([*report[:2], squares.sqrt(), lost / size.clamp(min=1), nonfinite])
+
+    def _parts(
+        self, grads: Sequence[Tensor], which: Sequence[int]
+    ) -> dict[_distributed.Reduction | None, tuple[list[Tensor], list[int]]]:
+        """Return gradients, and whose they are, by what sums over them are reduced over."""
+        parts: dict[_distributed.Reduction | None, tuple[list[Tensor], list[int]]] = {}
+        for place, grad in zip(which or range(len(self.params)), grads, strict=True):
+            part, places = parts.setdefault(self._reductions[place], ([], []))
+            part.append(grad)
+            places.append(place)
+        return parts
 
     def _row(
         self, optimizer: AdamW, param: Tensor, state: _state.State, amsgrad: bool

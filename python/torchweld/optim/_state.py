@@ -132,6 +132,14 @@ def decode(state: State, param: Tensor, dtype: torch.dtype = torch.float32) -> S
     return state
 
 
+def portable(state: State, param: Tensor) -> State:
+    """Return the state of a DTensor in tensors that can be gathered and sharded in other ways."""
+    state = decode(state, param)
+    if "remainder" in state:  # no process group sends int16
+        state["remainder"] = state["remainder"].to(torch.int32)
+    return state
+
+
 def to_stock(state: State, param: Tensor) -> State:
     """Return a state as torch.optim.AdamW keeps it."""
     state = decode(state, param, param.dtype)

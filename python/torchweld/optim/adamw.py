@@ -126,6 +126,7 @@ class AdamW(Observed, torch.optim.AdamW):
     skip_nonfinite: bool
 
     _plan: Plan | None = None
+    _zero: Any = None  # the ZeroRedundancyOptimizer that this is a part of
     _report: Tensor | None = None  # what _adamw_run returned; see csrc/ops/schema.cpp
     _has_norm = False  # whether the norm was needed
     # Set and read by torchweld.amp.GradScaler around its step.
@@ -156,15 +157,16 @@ class AdamW(Observed, torch.optim.AdamW):
     ) -> None:
         _arguments.check_stock(fused, foreach, differentiable)
         self._format = _arguments.format_of(state_dtype, stochastic_rounding, kahan, split_master)
-        if max_grad_norm is not None:
-            if not max_grad_norm >= 0:
-                raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
-            if _distributed.inside_zero():
-                raise ValueError(
-                    "torchweld.optim.AdamW: max_grad_norm does not work inside a "
-                    "ZeroRedundancyOptimizer, which shows each process the gradients of some "
-                    "parameters only; call torch.nn.utils.clip_grad_norm_ before the step"
-                )
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        self._zero = _distributed.enclosing_zero()
+        if self._zero is not None and (max_grad_norm is not None or skip_nonfinite):
+            name = "skip_nonfinite" if max_grad_norm is None else "max_grad_norm"
+            raise ValueError(
+                f"torchweld.optim.AdamW: {name} does not work inside a ZeroRedundancyOptimizer, "
+                "which shows each process the gradients of some parameters only; call "
+                "torch.nn.utils.clip_grad_norm_ before the step"
+            )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self._seed = seed
@@ -250,13 +252,12 @@ class AdamW(Observed, torch.optim.AdamW):
         ``exp_avg_sq``), ``kahan`` adds ``compensation``, ``split_master`` ``remainder``.
         8-bit states of a DTensor are given as float32 DTensors under torch's keys, so that they
         can be loaded into any other sharding: their blocks are made anew then, with the loss of
-        one more rounding to 8 bits.
+        one more rounding to 8 bits. A DTensor's ``remainder`` is given in int32.
         """
         saved = super().state_dict()
-        if self._format.state == _state.INT8:
-            for key, param in self._numbered():
-                if _distributed.is_dtensor(param) and key in saved["state"]:
-                    saved["state"][key] = _state.decode(saved["state"][key], param)
+        for key, param in self._numbered():
+            if _distributed.is_dtensor(param) and key in saved["state"]:
+                saved["state"][key] = _state.portable(saved["state"][key], param)
         return saved
 
     def stock_state_dict(self) -> dict[str, Any]:
@@ -355,7 +356,8 @@ class AdamW(Observed, torch.optim.AdamW):
     def _run(self, plan: Plan, grads: list[Tensor], which: list[int]) -> Tensor:
         if not grads:
             return torch.zeros(5, dtype=torch.float64)
-        return plan.run(
+        run = plan.run_in_parts if self._statistics and plan.is_sharded else plan.run
+        return run(
             grads,
             which,
             _arguments.hyperparameters(self.param_groups),
@@ -385,6 +387,12 @@ class AdamW(Observed, torch.optim.AdamW):
             return (hooked if watched else func)(self, *args, **kwargs)
 
         return step
+
+    def _ids(self) -> dict[Tensor, int]:
+        """Return what parameters are told apart by in random bits: their places among all."""
+        if self._zero is not None:  # which gives this process some of them
+            return dict(self._zero._param_to_index)
+        return {param: number for number, param in self._numbered()}
 
     def _numbered(self) -> list[tuple[int, Tensor]]:
         return list(enumerate(p for group in self.param_groups for p in group["params"]))
