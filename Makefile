@@ -25,6 +25,7 @@ bench: setup  ## compare with stock PyTorch and other engines, about an hour; fi
 	pip install --quiet --group peers
 	python -m benchmarks --compile --output $(RECORD)
 	python -m benchmarks conv_bn_relu models --malloc fresh --output $(RECORD)
+	python examples/adamw_layouts.py --output $(RECORD)/losses
 	python -m benchmarks.report $(RECORD)/*.csv --plot $(RECORD)/figures
 
 app: build/app/weld  ## the C++ program, at build/app/weld

@@ -19,6 +19,7 @@ from benchmarks import (
     harness,
     inference,
     malloc,
+    optimizers,
     plots,
     report,
 )
@@ -43,7 +44,8 @@ def parse() -> argparse.Namespace:
         epilog="columns: ms, p25, p75: median and quartiles of the rounds; x rival: speed over the "
         "fastest rival (above 1 is faster); floor: share of the speed that measured "
         "bandwidth and arithmetic allow, empty where neither bounds it; dB: signal to "
-        "noise of the checked result; saved MB: what forward keeps for backward. "
+        "noise of the checked result; saved MB: what forward keeps for backward; B/param: bytes of "
+        "a parameter, its gradient and its states. "
         "Read ratios, not milliseconds, on a machine that is shared.",
     )
     parser.add_argument(
@@ -137,7 +139,7 @@ def main() -> int:
     if machine.load > 0.5 * (os.cpu_count() or 1):
         print(f"note: this machine is busy (load {machine.load:.1f}), trust no number")
     print(machine)
-    for peer in inference.missing():
+    for peer in (*inference.missing(), *optimizers.missing()):
         print(f"{peer} is not installed and left out (pip install --group peers)")
     print()
     path = create(machine, options)

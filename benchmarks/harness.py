@@ -45,6 +45,8 @@ class Contender:
         check: does the job once from the state the reference started in and returns the results;
             None if ``run`` is that.
         saved_bytes: what a forward pass keeps for backward, if that is of interest.
+        held_bytes: returns, after the check, what a parameter of an optimizer takes: itself, its
+            gradient and its states; None if that is not of interest.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Contender:
     kind: str = STOCK
     check: Callable[[], Sequence[Tensor]] | None = None
     saved_bytes: int | None = None
+    held_bytes: Callable[[], float] | None = None
 
 
 @dataclass
@@ -199,6 +202,7 @@ def rows(
     for contender in setup.contenders:
         times, median = samples[contender.name], medians[contender.name]
         p25, p75, saved = median, median, contender.saved_bytes
+        held = contender.held_bytes
         if len(times) > 1:
             p25, _, p75 = statistics.quantiles(times, n=4, method="inclusive")
         result.append(
@@ -215,6 +219,7 @@ def rows(
                 "floor_pct": "" if floor is None else round(100 * floor / median, 2),
                 "error": float(f"{errors[contender.name]:.3g}"),
                 "saved_mb": "" if saved is None else round(saved / 1e6, 3),
+                "bytes_per_param": "" if held is None else round(held(), 2),
                 "torch": machine.torch,
                 "torchweld": machine.torchweld,
                 "cpu_model": machine.cpu_model,

@@ -1,4 +1,4 @@
-"""Figures of what the benchmarks recorded: speed for each operator, memory where it was counted."""
+"""Figures of what the benchmarks recorded: speed, memory where it was counted, time by size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 from benchmarks.records import OURS, STOCK, Row, by_case, fastest, geometric_mean
 
 # Okabe and Ito's colours, told apart by every kind of eye: https://jfly.uni-koeln.de/color/
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 RIVAL = "#555555"
 
 Pair = tuple[Row, Row]  # the fastest rival, our fastest
+BY_SIZE = " by size"  # ends an operator whose cases are numbers of elements
 
 
 def draw(records: Iterable[Row], directory: Path) -> list[Path]:
     """Draw speed over the fastest rival, both as shares of the floor, and bytes kept for backward.
+
+    What was measured by size becomes lines: time per element for each contender.
 
     Args:
         records: of one machine; runs in several states of malloc stand side by side.
@@ -27,7 +30,9 @@ def draw(records: Iterable[Row], directory: Path) -> list[Path]:
         ModuleNotFoundError: matplotlib is not installed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    cases = by_case(records)
+    records = list(records)
+    by_size = [row for row in records if str(row["op"]).endswith(BY_SIZE)]
+    cases = by_case(row for row in records if row not in by_size)
     ranked = map(fastest, cases)
     pairs = sorted(
         ((rival, ours) for rival, ours in ranked if rival and ours), key=lambda pair: pair[1]["op"]
@@ -36,6 +41,9 @@ def draw(records: Iterable[Row], directory: Path) -> list[Path]:
     for op, group in groupby(pairs, key=lambda pair: pair[1]["op"]):
         paths.append(directory / f"{str(op).replace(' ', '_')}.png")
         _figure(str(op), list(group)).savefig(paths[-1], dpi=150)
+    for op in dict.fromkeys(str(row["op"]) for row in by_size):
+        paths.append(directory / f"{op.replace(' ', '_')}.png")
+        _lines(op, [row for row in by_size if row["op"] == op]).savefig(paths[-1], dpi=150)
     counted = {row["case"]: record for record in cases for row in record if row["saved_mb"] != ""}
     if counted:
         paths.append(directory / "memory.png")
@@ -97,6 +105,28 @@ def _memory(cases: Sequence[Sequence[Row]]) -> Any:
     return figure
 
 
+def _lines(op: str, rows: Sequence[Row]) -> Any:
+    """Draw time per element against their number; stock and peers dashed."""
+    figure = _empty(6)
+    axes = figure.subplots()
+    for number, name in enumerate(dict.fromkeys(str(row["contender"]) for row in rows)):
+        mine = sorted(
+            (row for row in rows if row["contender"] == name), key=lambda row: float(row["case"])
+        )
+        sizes = [float(row["case"]) for row in mine]
+        label = f"{name}, {mine[0]['bytes_per_param']:.3g} B/param"
+        axes.plot(
+            sizes, [row["median_ms"] * 1e6 / size for row, size in zip(mine, sizes, strict=True)],
+            "o-" if mine[0]["kind"] == OURS else "o--", label=label,
+            color=COLOURS[number % len(COLOURS)], linewidth=1.5, markersize=4,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="ns for each parameter")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    _title(figure, op, rows[0])
+    return figure
+
+
 def _empty(height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -117,9 +147,16 @@ def _speed(
     ratios = [ours["ratio"] for _, ours in pairs]
     label = f"malloc {state}: geometric mean {geometric_mean(ratios):.2f}"
     bars = axes.barh(places, ratios, width, color=colour, label=label)
-    texts = [f"{ours['ratio']:.2f}  {rival['contender']}" for rival, ours in pairs]
+    texts = [
+        f"{ours['ratio']:.2f}  {rival['contender']}{_bytes(rival, ours)}" for rival, ours in pairs
+    ]
     white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
     axes.bar_label(bars, texts, padding=3, fontsize=7, bbox=white)
+
+
+def _bytes(rival: Row, ours: Row) -> str:
+    held = rival["bytes_per_param"], ours["bytes_per_param"]
+    return "" if "" in held else f"  ({held[1]:.4g} / {held[0]:.4g} B/param)"
 
 
 def _floor(axes: Any, places: Sequence[float], pairs: Sequence[Pair], colour: str) -> None:

@@ -13,7 +13,10 @@ Row = dict[str, str | float]
 STOCK, PEER, OURS = "stock", "peer", "torchweld"
 # The record is tidy: a row is one contender in one case, and stands by itself.
 TEXT = ("op", "case", "contender", "kind")
-NUMBERS = ("median_ms", "p25", "p75", "rounds", "ratio", "floor_pct", "error", "saved_mb")
+NUMBERS = (
+    "median_ms", "p25", "p75", "rounds", "ratio", "floor_pct", "error", "saved_mb",
+    "bytes_per_param",
+)  # fmt: skip
 MACHINE = (
     "torch", "torchweld", "cpu_model", "capability", "threads", "malloc", "load",
     "memory_gb_s", "float32_gflops", "bfloat16_gflops", "int8_gops", "date",

@@ -13,7 +13,12 @@ from benchmarks.records import Row, by_case, fastest, geometric_mean, read
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return aligned text, the first column to the left and the others to the right."""
+    """Return aligned text, the first column to the left and the others to the right.
+
+    A column with nothing in it is left out.
+    """
+    full = [i for i in range(len(header)) if i == 0 or any(line[i] for line in lines)]
+    header, *lines = ([line[i] for i in full] for line in (header, *lines))
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
     rule = ["-" * width for width in widths]
     return "\n".join(
@@ -33,6 +38,7 @@ def case(record: Sequence[Row]) -> str:
         "floor",
         "dB",
         "saved MB",
+        "B/param",
     )
     lines = [
         (
@@ -42,6 +48,7 @@ def case(record: Sequence[Row]) -> str:
             _percent(row["floor_pct"]),
             _decibels(row["error"]),
             f"{row['saved_mb']}",
+            _bytes(row),
         )
         for row in sorted(record, key=lambda row: row["median_ms"])
     ]
@@ -50,7 +57,9 @@ def case(record: Sequence[Row]) -> str:
 
 def summary(records: Iterable[Row]) -> str:
     """Return torchweld's fastest against the fastest rival, a line for each case."""
-    header = ("case", "fastest rival", "ms", "torchweld", "x rival", "floor")
+    header = (
+        "case", "fastest rival", "ms", "B/param", "torchweld", "B/param", "x rival", "floor",
+    )  # fmt: skip
     parts = []
     for op, cases in groupby(by_case(records), key=lambda record: record[0]["op"]):
         lines, ratios = [], []
@@ -64,19 +73,26 @@ def summary(records: Iterable[Row]) -> str:
                     str(ours["case"]),
                     str(rival["contender"]),
                     _milliseconds(rival["median_ms"]),
+                    _bytes(rival),
                     _milliseconds(ours["median_ms"]),
+                    _bytes(ours),
                     _ratio(ours),
                     _percent(ours["floor_pct"]),
                 )
             )
         if ratios:
-            lines.append(("geometric mean", "", "", "", f"{geometric_mean(ratios):.2f}", ""))
+            mean = f"{geometric_mean(ratios):.2f}"
+            lines.append(("geometric mean", *[""] * 5, mean, ""))
             parts.append(f"{op}\n{table(header, lines)}")
     return "\n\n".join(parts)
 
 
 def _milliseconds(value: str | float) -> str:
     return f"{float(value):#.4g}".rstrip(".")
+
+
+def _bytes(row: Row) -> str:
+    return "" if row["bytes_per_param"] == "" else f"{row['bytes_per_param']:.4g}"
 
 
 def _ratio(row: Row) -> str:

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from benchmarks import (
+    bench_adamw,
     bench_conv_bn_relu,
     bench_models,
     cases,
     harness,
     inference,
     malloc,
+    optimizers,
     plots,
     records,
     report,
@@ -150,6 +152,7 @@ def test_csv_holds_every_column_and_reads_back(rows, tmp_path):
     text = file.getvalue()
     wanted = (
         "op case contender kind median_ms p25 p75 rounds ratio floor_pct error saved_mb "
+        "bytes_per_param "
         "torch torchweld cpu_model capability threads malloc load memory_gb_s float32_gflops "
         "bfloat16_gflops int8_gops date"
     )
@@ -192,6 +195,12 @@ def test_figures_are_drawn(rows, tmp_path):
     counted = [row | {"saved_mb": 2.0} for row in rows]
     paths += plots.draw(counted, tmp_path / "figures")
     assert [path.name for path in paths[2:]] == ["op.png", "memory.png"]
+    sizes = [
+        row | {"op": "op by size", "case": case, "bytes_per_param": 16.0}
+        for case in ("1e5", "1e4") for row in rows
+    ]  # fmt: skip
+    paths += plots.draw(sizes, tmp_path / "figures")
+    assert [path.name for path in paths[4:]] == ["op_by_size.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
@@ -308,6 +317,29 @@ def test_contenders_of_a_model_agree():
         for one in setup.contenders:
             harness.check(one, setup.reference)
         assert {STOCK, OURS} == {one.kind for one in setup.contenders}
+
+
+@pytest.fixture
+def adamw_jobs(monkeypatch):
+    monkeypatch.setattr(optimizers, "PEERS", {})
+    return list(bench_adamw.jobs(quick=True, compiled=False))
+
+
+def test_contenders_of_the_adamw_step_agree(adamw_jobs):
+    for job in adamw_jobs:
+        setup = job.setup()
+        assert {STOCK, OURS} == {one.kind for one in setup.contenders}
+        for one in setup.contenders:
+            harness.check(one, setup.reference)
+
+
+def test_bytes_for_each_parameter_are_counted():
+    case = cases.AdamWCase("", [(256, 8), (256,)])
+    training = optimizers.Training(case)
+    stock = training.stock(optimizers.FLOAT32)
+    stock.run()
+    # A step counter for each tensor, beside parameter, gradient and two states.
+    assert stock.held_bytes() == pytest.approx(16 + 2 * 4 / case.size)
 
 
 def test_bytes_kept_for_backward_are_counted():

@@ -29,6 +29,19 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
     assert failed == 0
 
 
+def snippets(paper):
+    return re.findall(r"```python\n(.*?)```", paper.read_text(), re.DOTALL)
+
+
+def test_adamw_paper_runs():
+    torch.manual_seed(0)
+    names = {}
+    for code in snippets(ROOT / "docs/adamw.md"):
+        exec(code, names)
+    assert names["low"].weight.isfinite().all()
+    assert names["stock"].state[names["model"][0].weight]["step"] == 2
+
+
 def test_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -37,7 +50,7 @@ def test_readme_runs(tmp_path, monkeypatch):
         *(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 256)),
     )
     names = {"model": model}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    for code in snippets(ROOT / "README.md"):
         exec(code, names)
     assert names["y"].shape == (8, 16, 32, 32)
     assert {row.conversion for row in tw.report(names["fast"]).converted} == {

@@ -7,8 +7,6 @@
 namespace torchweld::ops {
 namespace {
 
-constexpr const char* kDTypes = "float32, float64, bfloat16, float16, complex64 or complex128";
-
 bool same_shape(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), others = b.sizes();
   return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
@@ -23,20 +21,9 @@ bool overlaps(const Tensor& tensor) {
   return false;
 }
 
-void check_list(const TensorList& params, const TensorList& list, const char* argument,
-                bool written) {
+void check_length(const TensorList& params, const TensorList& list, const char* argument) {
   TORCHWELD_CHECK(list.size() == params.size(), "adamw_step_", argument,
                   params.size() << " tensors, one per param", list.size());
-  for (size_t i = 0; i < list.size(); ++i) {
-    TORCHWELD_CHECK(list[i].scalar_type() == params[i].scalar_type(), "adamw_step_", argument,
-                    dtype_name(params[i].scalar_type()) << " as params[" << i << "]",
-                    dtype_name(list[i].scalar_type()));
-    TORCHWELD_CHECK(same_shape(list[i], params[i]), "adamw_step_", argument,
-                    "the shape " << shape_string(params[i]) << " of params[" << i << "]",
-                    shape_string(list[i]));
-    TORCHWELD_CHECK(!written || !overlaps(list[i]), "adamw_step_", argument,
-                    "memory without overlap", "an expanded tensor at " << i);
-  }
 }
 
 }  // namespace
@@ -74,35 +61,38 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-void check_adamw_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                      const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                      const TensorList& state_steps, bool amsgrad) {
-  for (const Tensor& param : params) {
-    TORCHWELD_CHECK(real_type(param.scalar_type()), "adamw_step_", "params", kDTypes,
-                    dtype_name(param.scalar_type()));
-  }
-  check_list(params, params, "params", true);
-  check_list(params, grads, "grads", false);
-  check_list(params, exp_avgs, "exp_avgs", true);
-  check_list(params, exp_avg_sqs, "exp_avg_sqs", true);
+void check_like_param(const char* op, const char* argument, const Tensor& tensor,
+                      const Tensor& param, ScalarType dtype, size_t k, bool written) {
+  TORCHWELD_CHECK(tensor.is_cpu(), op, argument, "tensors on the CPU", "one elsewhere at " << k);
+  TORCHWELD_CHECK(tensor.scalar_type() == dtype, op, argument,
+                  dtype_name(dtype)
+                      << " beside params[" << k << "] of " << dtype_name(param.scalar_type()),
+                  dtype_name(tensor.scalar_type()));
+  TORCHWELD_CHECK(same_shape(tensor, param), op, argument,
+                  "the shape " << shape_string(param) << " of params[" << k << "]",
+                  shape_string(tensor));
+  TORCHWELD_CHECK(!written || !overlaps(tensor), op, argument, "memory without overlap",
+                  "an expanded tensor at " << k);
+}
+
+void check_lengths(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                   const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                   const TensorList& state_steps, bool amsgrad) {
+  check_length(params, grads, "grads");
+  check_length(params, exp_avgs, "exp_avgs");
+  check_length(params, exp_avg_sqs, "exp_avg_sqs");
+  check_length(params, state_steps, "state_steps");
   if (amsgrad) {
-    check_list(params, max_exp_avg_sqs, "max_exp_avg_sqs", true);
+    check_length(params, max_exp_avg_sqs, "max_exp_avg_sqs");
   } else {
     TORCHWELD_CHECK(max_exp_avg_sqs.empty(), "adamw_step_", "max_exp_avg_sqs",
                     "an empty list without amsgrad", max_exp_avg_sqs.size() << " tensors");
-  }
-  TORCHWELD_CHECK(state_steps.size() == params.size(), "adamw_step_", "state_steps",
-                  params.size() << " tensors, one per param", state_steps.size());
-  for (const Tensor& step : state_steps) {
-    TORCHWELD_CHECK(step.numel() == 1 && step.scalar_type() == ScalarType::Float, "adamw_step_",
-                    "state_steps", "float32 scalars",
-                    dtype_name(step.scalar_type()) << " of shape " << shape_string(step));
   }
 }
 
 void check_grad_norm(const TensorList& grads) {
   for (const Tensor& grad : grads) {
-    TORCHWELD_CHECK(real_type(grad.scalar_type()), "grad_norm", "grads", kDTypes,
+    TORCHWELD_CHECK(real_type(grad.scalar_type()), "grad_norm", "grads", kAdamWDTypes,
                     dtype_name(grad.scalar_type()));
   }
 }

@@ -12,10 +12,17 @@ struct RealType {
 };
 std::optional<RealType> real_type(ScalarType type);
 
-// Throws unless the lists fit each other tensor by tensor. Strides may differ.
-void check_adamw_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                      const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                      const TensorList& state_steps, bool amsgrad);
+inline constexpr const char* kAdamWDTypes =
+    "float32, float64, bfloat16, float16, complex64 or complex128";
+
+// Throws unless a tensor of the list `argument` fits param k, its strides aside.
+void check_like_param(const char* op, const char* argument, const Tensor& tensor,
+                      const Tensor& param, ScalarType dtype, size_t k, bool written);
+
+// Throws unless there is one tensor in each list for each param.
+void check_lengths(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                   const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                   const TensorList& state_steps, bool amsgrad);
 
 void check_grad_norm(const TensorList& grads);
 

@@ -16,6 +16,31 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   // alone: a float64 scalar.
   m.def("grad_norm(Tensor[] grads) -> Tensor");
 
+  // --- what tw.optim.AdamW is made of ------------------------------------------------------------
+  // A plan holds parameters and states from step to step: an opaque uint8 tensor that frees them
+  // and must not be copied. Row k of places (int64) is: group, id (for random bits), AdamWState,
+  // AdamWRounding, offset, row, stride (of a shard; see AdamWEntry), then the places in `tensors`
+  // of what AdamWRole lists, -1 for none.
+  m.def("_adamw_plan(Tensor[] tensors, Tensor places) -> Tensor");
+  // One step over all groups; everything is checked before anything is written. grads[k] belongs to
+  // row which[k] of the plan, row k if `which` is empty. hyper: lr, beta1, beta2, eps,
+  // weight_decay, maximize of each group. Gradients are divided by loss_scale, then clipped to
+  // max_grad_norm, and not written. Nothing is written either if a gradient is not finite and there
+  // is a loss_scale or skip_nonfinite. sum_of_squares, of the gradients before loss_scale: given
+  // where this process has only a part of them. Averages move by average_weight. Returns float64
+  // [5]: norm of the gradients (NaN if it was not needed), 1 if skipped, and with statistics norm
+  // of the update, share of the elements whose update was lost, gradients not finite.
+  m.def(
+      "_adamw_run(Tensor(a!) plan, Tensor[] grads, int[] which, float[] hyper, "
+      "float? max_grad_norm, Tensor? loss_scale, Tensor? sum_of_squares, bool skip_nonfinite, "
+      "int seed, bool statistics, float average_weight) -> Tensor");
+  // float64 [1]: the square of grad_norm.
+  m.def("_adamw_sum_of_squares(Tensor[] grads) -> Tensor");
+  // 8-bit states from and to float32 tensors that lie as the codes do, without gaps. A signed one
+  // is exp_avg, an unsigned one exp_avg_sq.
+  m.def("_adamw_encode(Tensor values, bool is_signed, Tensor(a!) codes, Tensor(b!) scales) -> ()");
+  m.def("_adamw_decode(Tensor codes, Tensor scales, bool is_signed, Tensor(a!) values) -> ()");
+
   // --- conv_bn_relu ------------------------------------------------------------------------------
   // input, weight, bias, residual and outputs of one dtype: float32, float64, bfloat16 or float16;
   // bn_* and running_* of that dtype, or float32 beside a 16-bit one. Shapes and arguments are

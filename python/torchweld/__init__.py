@@ -1,7 +1,7 @@
 """torchweld: fused operators for PyTorch, for CPU and CUDA, from Python and from C++."""
 
 from torchweld import _dispatch as _dispatch
-from torchweld import nn, ops, optim
+from torchweld import amp, nn, ops, optim
 from torchweld._C import __version__
 from torchweld._config import config
 from torchweld._library import cmake_prefix_path
@@ -17,6 +17,7 @@ __all__ = [
     "Int8WeightOnly",
     "Report",
     "__version__",
+    "amp",
     "cmake_prefix_path",
     "config",
     "export",

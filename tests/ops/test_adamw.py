@@ -320,11 +320,11 @@ def bad(**change):
         ),
         (
             {"grads": [torch.ones(2, 3), torch.ones(2, 3).half()]},
-            r"grads: expected float32 as params\[1\], got Half|float16",
+            r"grads: expected float32 beside params\[1\] of float32, got Half|float16",
         ),
         (
             {"exp_avg_sqs": [torch.ones(2, 3).double()] * 2},
-            r"exp_avg_sqs: expected float32 as params\[0\], got float64",
+            r"exp_avg_sqs: expected float32 beside params\[0\] of float32, got float64",
         ),
         ({"params": [torch.ones(2, 3).int()] * 2}, r"params: expected float32, .*, got int32"),
         (

@@ -4,6 +4,8 @@
 // gives the same bits.
 #include "kernels/adamw.h"
 
+#include "kernels/cpu/adamw_low_bit.h"
+#include "kernels/cpu/adamw_sums.h"
 #include "kernels/cpu/vec.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
@@ -114,44 +116,72 @@ void adamw_step(const AdamWSpan& span, const AdamWScalars& scalars) {
   span.max_exp_avg_sq != nullptr ? run<T, true>(span, scalars) : run<T, false>(span, scalars);
 }
 
-// Element i goes into partial sum i % 16 whatever the register width, so that the order of
-// additions, and with it the result, is the same on every instruction set.
 template <class T>
 double sum_of_squares(const void* data, int64_t size) {
-  constexpr int kSums = 16;
-  constexpr int kLanes = Math<T>::kLanes;
-  constexpr int kWide = sizeof(typename Math<T>::Scalar) == 8 ? 1 : 2;  // VecD to hold a register
+  using Sums = SquareSums<T>;
   const T* x = static_cast<const T*>(data);
-  VecD sums[kSums / kLanesD] = {};
-  const auto add_block = [&](const T* block) {
-    for (int i = 0; i < kSums / kLanes; ++i) {
-      VecD wide[kWide];
-      widen(load(block + i * kLanes), wide);
-      for (int j = 0; j < kWide; ++j) sums[i * kWide + j] += wide[j] * wide[j];
-    }
+  Sums sums;
+  const auto add_block = [&sums](const T* block) {
+    for (int r = 0; r < Sums::kRegisters; ++r) sums.add(r, load(block + r * Math<T>::kLanes));
   };
   int64_t i = 0;
-  for (; i + kSums <= size; i += kSums) add_block(x + i);
+  for (; i + Sums::kSize <= size; i += Sums::kSize) add_block(x + i);
   if (i < size) {
-    T rest[kSums];
+    T rest[Sums::kSize];
     memset(rest, 0, sizeof rest);
     memcpy(rest, x + i, (size_t)(size - i) * sizeof(T));
     add_block(rest);
   }
-  double total = 0;
-  for (VecD sum : sums) {
-    for (int lane = 0; lane < kLanesD; ++lane) total += sum[lane];
-  }
-  return total;
+  return sums.total();
 }
+
+constexpr AdamWRounding kNearest = AdamWRounding::nearest;
+constexpr AdamWRounding kStochastic = AdamWRounding::stochastic;
+constexpr AdamWRounding kKahan = AdamWRounding::kahan;
+constexpr AdamWRounding kSplit = AdamWRounding::split;
+
+// Of bfloat16 parameters: nearest and stochastic, kahan, split.
+constexpr AdamWObserve observe_16[] = {adamw_observe<BFloat16, BFloat16, kNearest>,
+                                       adamw_observe<BFloat16, BFloat16, kKahan>,
+                                       adamw_observe<BFloat16, BFloat16, kSplit>};
+constexpr AdamWObserve observe_8[] = {adamw_observe<BFloat16, uint8_t, kNearest>,
+                                      adamw_observe<BFloat16, uint8_t, kKahan>,
+                                      adamw_observe<BFloat16, uint8_t, kSplit>};
 
 }  // namespace
 
 extern const AdamWKernels adamw;
 const AdamWKernels adamw{
-    .step = {adamw_step<float>, adamw_step<double>, adamw_step<BFloat16>, adamw_step<Float16>},
+    // [dtype][state][rounding]
+    .step = {{{{adamw_step<float>},
+               {adamw_step_bfloat16<float, kNearest>},
+               {adamw_step_int8<float, kNearest>}},
+              {{adamw_step<double>}},
+              {{adamw_step<BFloat16>, adamw_step_bfloat16<BFloat16, kStochastic>,
+                adamw_step_bfloat16<BFloat16, kKahan>, adamw_step_bfloat16<BFloat16, kSplit>},
+               {adamw_step_bfloat16<BFloat16, kNearest>, adamw_step_bfloat16<BFloat16, kStochastic>,
+                adamw_step_bfloat16<BFloat16, kKahan>, adamw_step_bfloat16<BFloat16, kSplit>},
+               {adamw_step_int8<BFloat16, kNearest>, adamw_step_int8<BFloat16, kStochastic>,
+                adamw_step_int8<BFloat16, kKahan>, adamw_step_int8<BFloat16, kSplit>}},
+              {{adamw_step<Float16>},
+               {adamw_step_bfloat16<Float16, kNearest>},
+               {adamw_step_int8<Float16, kNearest>}}}},
+    .observe = {{{{adamw_observe<float, float, kNearest>},
+                  {adamw_observe<float, BFloat16, kNearest>},
+                  {adamw_observe<float, uint8_t, kNearest>}},
+                 {{adamw_observe<double, double, kNearest>}},
+                 {{observe_16[0], observe_16[0], observe_16[1], observe_16[2]},
+                  {observe_16[0], observe_16[0], observe_16[1], observe_16[2]},
+                  {observe_8[0], observe_8[0], observe_8[1], observe_8[2]}},
+                 {{adamw_observe<Float16, Float16, kNearest>},
+                  {adamw_observe<Float16, BFloat16, kNearest>},
+                  {adamw_observe<Float16, uint8_t, kNearest>}}}},
     .sum_of_squares = {sum_of_squares<float>, sum_of_squares<double>, sum_of_squares<BFloat16>,
                        sum_of_squares<Float16>},
+    .encode_exp_avg = encode_exp_avg,
+    .encode_exp_avg_sq = encode_exp_avg_sq,
+    .decode_exp_avg = decode_exp_avg,
+    .decode_exp_avg_sq = decode_exp_avg_sq,
 };
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

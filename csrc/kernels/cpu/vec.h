@@ -31,6 +31,7 @@ typedef int64_t VecI64 __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef int8_t VecI8 __attribute__((vector_size(kVectorBytes / 4)));
+typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes / 4)));
 
 inline constexpr int kLanesF = kVectorBytes / 4;
 inline constexpr int kLanesD = kVectorBytes / 8;
@@ -98,11 +99,33 @@ inline VecD sqrt(VecD a) {
 }
 #endif
 
+// a if it is less (greater) than b, else b: so b if either is NaN.
+#if defined(__AVX512F__)
+inline VecF min(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
+inline VecF max(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline VecF min(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
+inline VecF max(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+inline VecF min(VecF a, VecF b) { return a < b ? a : b; }
+inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
+#endif
+
+// a where `mask` has a one bit, else b.
+inline VecU32 select_bits(VecU32 mask, VecU32 a, VecU32 b) {
+#if defined(__AVX512F__)
+  return (VecU32)_mm512_ternarylogic_epi32((__m512i)mask, (__m512i)a, (__m512i)b, 0xca);
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+
 // --- bytes ---------------------------------------------------------------------------------------
 // GCC 12 takes __builtin_convertvector between bytes and words apart lane by lane.
 #if defined(__AVX512F__)
 inline VecI8 low_bytes(VecI32 a) { return (VecI8)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)a); }
 inline VecI32 widen(VecI8 a) { return (VecI32)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)a); }
+inline VecU32 widen(VecU8 a) { return (VecU32)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)a); }
 #elif defined(__AVX2__)
 inline VecI8 low_bytes(VecI32 a) {
   const __m256i first =
@@ -120,9 +143,15 @@ inline VecI32 widen(VecI8 a) {
   memcpy(&bytes, &a, sizeof a);
   return (VecI32)_mm256_cvtepi8_epi32(bytes);
 }
+inline VecU32 widen(VecU8 a) {
+  __m128i bytes = _mm_setzero_si128();
+  memcpy(&bytes, &a, sizeof a);
+  return (VecU32)_mm256_cvtepu8_epi32(bytes);
+}
 #else
 inline VecI8 low_bytes(VecI32 a) { return __builtin_convertvector(a, VecI8); }
 inline VecI32 widen(VecI8 a) { return __builtin_convertvector(a, VecI32); }
+inline VecU32 widen(VecU8 a) { return __builtin_convertvector(a, VecU32); }
 #endif
 
 // --- 16-bit floats -------------------------------------------------------------------------------
@@ -282,14 +311,22 @@ inline void store_partial(float* p, VecF v, int64_t count) {
 }
 #endif
 
-// The lanes in double, lower half first.
+// The lanes in double, lower half first. GCC 12 takes __builtin_convertvector apart here too.
 inline void widen(VecD v, VecD (&out)[1]) { out[0] = v; }
 inline void widen(VecF v, VecD (&out)[2]) {
+#if defined(__AVX512F__)
+  out[0] = (VecD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+  out[1] = (VecD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif defined(__AVX2__)
+  out[0] = (VecD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+  out[1] = (VecD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
   typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));
   HalfF half[2];
   memcpy(half, &v, sizeof v);
   out[0] = __builtin_convertvector(half[0], VecD);
   out[1] = __builtin_convertvector(half[1], VecD);
+#endif
 }
 
 // And back, rounded to the nearest.

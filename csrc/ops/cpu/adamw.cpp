@@ -1,191 +1,164 @@
 #include "ops/adamw.h"
 
-#include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "ops/check.h"
+#include "ops/cpu/adamw_run.h"
 #include "ops/kernels.h"
 
 namespace torchweld::ops {
 namespace {
 
-using kernels::AdamWScalars;
-using kernels::AdamWSpan;
-using kernels::DType;
-
-// Elements that are worth a thread of their own.
-constexpr int64_t kGrain = 1 << 15;
-// The unit of splitting: a multiple of a cache line in every dtype, and of kAdamWSpanUnit, so that
-// where a tensor is cut never changes a bit.
-constexpr int64_t kUnit = 64;
-static_assert(kUnit % kernels::kAdamWSpanUnit == 0);
-// Elements that make one partial sum of the norm: fixed, so that the sum is.
-constexpr int64_t kSumSize = 1 << 14;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The tensors of one parameter, brought to one dense layout. A tensor that is not in it already is
-// worked on in a copy; write_back() copies the results home.
-class Aligned {
- public:
-  explicit Aligned(const Tensor& param)
-      : layout_(is_dense(param) ? param : torch::stable::empty_like(param)) {}
-
-  const char* read(const Tensor& tensor) {
-    return static_cast<const char*>(align(tensor).const_data_ptr());
-  }
-
-  char* update(const Tensor& tensor) {
-    const Tensor aligned = align(tensor);
-    if (aligned.get() != tensor.get()) results_.emplace_back(tensor, aligned);
-    return static_cast<char*>(aligned.mutable_data_ptr());
-  }
-
-  void write_back() {
-    for (auto& [tensor, copy] : results_) torch::stable::copy_(tensor, copy);
-  }
-
- private:
-  Tensor align(const Tensor& tensor) {
-    if (same_layout(tensor, layout_)) return tensor;
-    Tensor& copy = copies_.emplace_back(torch::stable::empty_like(layout_));
-    return torch::stable::copy_(copy, tensor);
-  }
-
-  Tensor layout_;
-  std::vector<Tensor> copies_;
-  std::vector<std::pair<Tensor, Tensor>> results_;
-};
-
-// A parameter in the flat list of units over all parameters.
-struct Job {
-  AdamWSpan span;
-  DType dtype;
-  size_t scalars;
-  int64_t first_unit;
-};
-
-AdamWSpan part(const Job& job, int64_t unit, int64_t units) {
-  const int64_t begin = unit * kUnit;
-  const auto at = [offset = begin * static_cast<int64_t>(size_of(job.dtype))](auto* data) {
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>,
-                                    const char, char>;
-    return data == nullptr ? data : static_cast<Byte*>(data) + offset;
-  };
-  const AdamWSpan& s = job.span;
-  return {at(s.param),      at(s.grad),           at(s.exp_avg),
-          at(s.exp_avg_sq), at(s.max_exp_avg_sq), std::min(units * kUnit, s.size - begin)};
+double scalar(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? *tensor.const_data_ptr<double>()
+                                                    : *tensor.const_data_ptr<float>();
 }
 
-// All parameters in one parallel region, cut by elements and not by tensors: it serves a thousand
-// biases as well as one embedding, and a small model stays on one thread.
-void run(const std::vector<Job>& jobs, const std::vector<AdamWScalars>& scalars, int64_t units) {
-  const kernels::AdamWKernels& kernels = *cpu_kernels().adamw;
-  parallel_for(units, kGrain / kUnit, [&](int64_t begin, int64_t end) {
-    auto job = std::upper_bound(jobs.begin(), jobs.end(), begin,
-                                [](int64_t unit, const Job& j) { return unit < j.first_unit; }) -
-               1;
-    for (; begin < end; ++job) {
-      const int64_t skipped = begin - job->first_unit;
-      const int64_t count = std::min(ceil_div(job->span.size, kUnit) - skipped, end - begin);
-      if (count > 0) {
-        kernels.step[static_cast<size_t>(job->dtype)](part(*job, skipped, count),
-                                                      scalars[job->scalars]);
-      }
-      begin += count;
-    }
-  });
+void check_scalar(const char* op, const char* argument, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  TORCHWELD_CHECK(tensor.numel() == 1 && tensor.is_cpu() &&
+                      (type == ScalarType::Double || type == ScalarType::Float),
+                  op, argument, "a float64 or float32 scalar",
+                  dtype_name(type) << " of shape " << shape_string(tensor));
+}
+
+Tensor vector_of(std::initializer_list<double> values) {
+  Tensor result = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Double);
+  std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
+  return result;
 }
 
 void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
                  TensorList max_exp_avg_sqs, TensorList state_steps, double lr, double beta1,
                  double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
                  std::optional<Tensor> grad_scale) {
-  check_adamw_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
-  double scale = maximize ? -1.0 : 1.0;
+  constexpr const char* op = "adamw_step_";
+  check_lengths(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
   if (grad_scale) {
-    TORCHWELD_CHECK(grad_scale->numel() == 1 && grad_scale->scalar_type() == ScalarType::Double,
-                    "adamw_step_", "grad_scale", "a float64 scalar",
+    TORCHWELD_CHECK(grad_scale->numel() == 1 && grad_scale->scalar_type() == ScalarType::Double, op,
+                    "grad_scale", "a float64 scalar",
                     dtype_name(grad_scale->scalar_type())
                         << " of shape " << shape_string(*grad_scale));
-    scale *= *grad_scale->const_data_ptr<double>();
   }
-
-  NoGradGuard no_grad;
-  std::vector<Aligned> aligned;
-  std::vector<AdamWScalars> scalars;
-  std::vector<Job> jobs;
-  int64_t units = 0;
-  double last_step = 0;
+  AdamWPlan plan;
   for (size_t k = 0; k < params.size(); ++k) {
-    const double step = *state_steps[k].const_data_ptr<float>() + 1;
-    // Nearly always one and the same step for all.
-    if (scalars.empty() || step != last_step) {
-      scalars.push_back({.decay = 1 - lr * weight_decay,
-                         .beta1 = beta1,
-                         .beta2 = beta2,
-                         .step_size = lr / (1 - std::pow(beta1, step)),
-                         .bias_root = std::sqrt(1 - std::pow(beta2, step)),
-                         .eps = eps,
-                         .grad_scale = scale});
-      last_step = step;
-    }
-    const RealType type = *real_type(params[k].scalar_type());
-    Aligned& own = aligned.emplace_back(params[k]);
-    const int64_t size = params[k].numel() * type.per_element;
-    jobs.push_back({{.param = own.update(params[k]),
-                     .grad = own.read(grads[k]),
-                     .exp_avg = own.update(exp_avgs[k]),
-                     .exp_avg_sq = own.update(exp_avg_sqs[k]),
-                     .max_exp_avg_sq = amsgrad ? own.update(max_exp_avg_sqs[k]) : nullptr,
-                     .size = size},
-                    type.dtype,
-                    scalars.size() - 1,
-                    units});
-    units += ceil_div(size, kUnit);
+    AdamWEntry& entry = plan.entries.emplace_back();
+    const auto place = [&](AdamWRole role, const Tensor& tensor) {
+      entry.tensors[role] = static_cast<int64_t>(plan.tensors.size());
+      plan.tensors.push_back(tensor);
+    };
+    place(kParam, params[k]);
+    place(kStep, state_steps[k]);
+    place(kExpAvg, exp_avgs[k]);
+    place(kExpAvgSq, exp_avg_sqs[k]);
+    if (amsgrad) place(kMaxExpAvgSq, max_exp_avg_sqs[k]);
   }
-  run(jobs, scalars, units);
-  for (Aligned& own : aligned) own.write_back();
-  for (const Tensor& step : state_steps) *step.mutable_data_ptr<float>() += 1;
+  NoGradGuard no_grad;
+  AdamWRun(op, plan, grads, {})
+      .step({{lr, beta1, beta2, eps, weight_decay, maximize}},
+            grad_scale ? scalar(*grad_scale) : 1.0);
 }
 
 Tensor grad_norm(TensorList grads) {
   check_grad_norm(grads);
-  struct Chunk {
-    const char* data;
-    int64_t size;
-    DType dtype;
-  };
   NoGradGuard no_grad;
-  std::vector<Aligned> aligned;
-  std::vector<Chunk> chunks;
-  int64_t total_size = 0;
-  for (const Tensor& grad : grads) {
-    const RealType type = *real_type(grad.scalar_type());
-    const char* data = aligned.emplace_back(grad).read(grad);
-    const int64_t size = grad.numel() * type.per_element;
-    for (int64_t begin = 0; begin < size; begin += kSumSize) {
-      chunks.push_back({data + begin * static_cast<int64_t>(size_of(type.dtype)),
-                        std::min(kSumSize, size - begin), type.dtype});
-    }
-    total_size += size;
-  }
-
-  const kernels::AdamWKernels& kernels = *cpu_kernels().adamw;
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  std::vector<double> sums(chunks.size());
-  parallel_for(count, total_size < 2 * kGrain ? count : 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Chunk& chunk = chunks[i];
-      sums[i] = kernels.sum_of_squares[static_cast<size_t>(chunk.dtype)](chunk.data, chunk.size);
-    }
-  });
-  double total = 0;
-  for (double sum : sums) total += sum;
-
   Tensor norm = torch::stable::empty({}, ScalarType::Double);
-  *norm.mutable_data_ptr<double>() = std::sqrt(total);
+  *norm.mutable_data_ptr<double>() = std::sqrt(sum_of_squares(grads));
   return norm;
+}
+
+Tensor adamw_plan(TensorList tensors, Tensor places) {
+  return to_tensor(std::make_unique<AdamWPlan>(std::move(tensors), places));
+}
+
+std::vector<AdamWHyper> groups_of(const std::vector<double>& values) {
+  constexpr size_t kValues = 6;
+  std::vector<AdamWHyper> groups;
+  for (size_t i = 0; i + kValues <= values.size(); i += kValues) {
+    const double* v = &values[i];
+    groups.push_back({v[0], v[1], v[2], v[3], v[4], v[5] != 0});
+  }
+  return groups;
+}
+
+Tensor adamw_run(Tensor plan_bytes, TensorList grads, IntList which, std::vector<double> hyper,
+                 std::optional<double> max_grad_norm, std::optional<Tensor> loss_scale,
+                 std::optional<Tensor> sum_of_squares, bool skip_nonfinite, int64_t seed,
+                 bool statistics, double average_weight) {
+  constexpr const char* op = "_adamw_run";
+  AdamWPlan& plan = to_plan(plan_bytes);
+  const std::vector<AdamWHyper> groups = groups_of(hyper);
+  for (const AdamWEntry& entry : plan.entries) {
+    TORCHWELD_CHECK(entry.group >= 0 && entry.group < static_cast<int64_t>(groups.size()), op,
+                    "hyper", "values for each group", groups.size() << " groups");
+  }
+  if (loss_scale) check_scalar(op, "loss_scale", *loss_scale);
+  if (sum_of_squares) check_scalar(op, "sum_of_squares", *sum_of_squares);
+
+  NoGradGuard no_grad;
+  AdamWRun run(op, plan, grads, which);
+  const double unscale = loss_scale ? 1 / scalar(*loss_scale) : 1.0;
+  const bool may_skip = loss_scale || skip_nonfinite;
+  double norm = NAN, clip = 1;
+  int64_t nonfinite = 0;
+  if (may_skip || max_grad_norm || statistics) {
+    const double sum = sum_of_squares ? scalar(*sum_of_squares) : run.sum_of_squares();
+    norm = std::sqrt(sum) * unscale;
+    if (max_grad_norm) {
+      clip = *max_grad_norm / (norm + 1e-6);
+      if (clip > 1) clip = 1;  // NaN stays
+    }
+    if (may_skip && !std::isfinite(norm)) {
+      // The squares of float64 may overflow where no gradient does.
+      nonfinite = run.count_nonfinite();
+      const bool elsewhere = sum_of_squares.has_value();
+      if (nonfinite > 0 || elsewhere) {
+        return vector_of({norm, 1, NAN, 0, static_cast<double>(nonfinite)});
+      }
+    }
+  }
+  const kernels::AdamWStatistics seen =
+      run.step(groups, unscale * clip, {static_cast<uint64_t>(seed), average_weight, statistics});
+  return vector_of({norm, 0, std::sqrt(seen.update_squares), run.share(seen.lost),
+                    static_cast<double>(seen.nonfinite)});
+}
+
+Tensor adamw_sum_of_squares(TensorList grads) {
+  check_grad_norm(grads);
+  NoGradGuard no_grad;
+  return vector_of({sum_of_squares(grads)});
+}
+
+// Blocks of kAdamWBlock in the order of memory.
+void check_blocks(const char* op, const Tensor& values, const Tensor& codes, const Tensor& scales) {
+  const int64_t size = values.numel();
+  TORCHWELD_CHECK(values.scalar_type() == ScalarType::Float && is_dense(values), op, "values",
+                  "float32 without gaps", dtype_name(values.scalar_type()));
+  TORCHWELD_CHECK(codes.scalar_type() == ScalarType::Byte && codes.numel() == size &&
+                      codes.dim() == values.dim() && same_layout(codes, values),
+                  op, "codes", "uint8 that lies as values",
+                  dtype_name(codes.scalar_type()) << " of shape " << shape_string(codes));
+  TORCHWELD_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() &&
+                      scales.numel() == (size + kernels::kAdamWBlock - 1) / kernels::kAdamWBlock,
+                  op, "scales", "float32, one per " << kernels::kAdamWBlock << " values",
+                  shape_string(scales));
+}
+
+void adamw_encode(Tensor values, bool is_signed, Tensor codes, Tensor scales) {
+  check_blocks("_adamw_encode", values, codes, scales);
+  const kernels::AdamWKernels& k = *cpu_kernels().adamw;
+  (is_signed ? k.encode_exp_avg : k.encode_exp_avg_sq)(
+      values.const_data_ptr<float>(), values.numel(),
+      static_cast<uint8_t*>(codes.mutable_data_ptr()), scales.mutable_data_ptr<float>());
+}
+
+void adamw_decode(Tensor codes, Tensor scales, bool is_signed, Tensor values) {
+  check_blocks("_adamw_decode", values, codes, scales);
+  const kernels::AdamWKernels& k = *cpu_kernels().adamw;
+  (is_signed ? k.decode_exp_avg : k.decode_exp_avg_sq)(
+      static_cast<const uint8_t*>(codes.const_data_ptr()), scales.const_data_ptr<float>(),
+      values.numel(), values.mutable_data_ptr<float>());
 }
 
 }  // namespace
@@ -193,6 +166,11 @@ Tensor grad_norm(TensorList grads) {
 STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
   m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
+  m.impl("_adamw_plan", TORCH_BOX(&adamw_plan));
+  m.impl("_adamw_run", TORCH_BOX(&adamw_run));
+  m.impl("_adamw_sum_of_squares", TORCH_BOX(&adamw_sum_of_squares));
+  m.impl("_adamw_encode", TORCH_BOX(&adamw_encode));
+  m.impl("_adamw_decode", TORCH_BOX(&adamw_decode));
 }
 
 }  // namespace torchweld::ops

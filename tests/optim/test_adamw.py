@@ -10,34 +10,8 @@ import torch
 import torchweld as tw
 from torch import nn
 
+from tests.optim.models import assert_same, backward, make_model
 from tests.reference import adamw as reference
-
-
-def make_model(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    # No bias before the normalization: its gradient is rounding noise, which AdamW would amplify.
-    model = nn.Sequential(
-        nn.Conv2d(1, 5, 3, bias=False),
-        nn.BatchNorm2d(5),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(180, 7),
-    )
-    return model.to(dtype)
-
-
-def backward(model, step, scale=1.0):
-    torch.manual_seed(100 + step)
-    dtype = next(model.parameters()).dtype
-    model.zero_grad()
-    loss = model(torch.randn(4, 1, 8, 8, dtype=dtype)).square().mean() * scale
-    loss.backward()
-    return loss
-
-
-def assert_same(a, b):
-    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def pair(ours=None, theirs=None, **arguments):
@@ -300,11 +274,14 @@ def test_deepcopy_and_pickle_go_on(duplicate):
         ({"fused": False}, ValueError, "always fused"),
         ({"foreach": True}, ValueError, "excludes foreach=True"),
         ({"differentiable": True}, ValueError, "cannot be differentiated"),
-        ({"state_dtype": torch.bfloat16}, NotImplementedError, "does not implement state_dtype"),
-        ({"stochastic_rounding": True}, NotImplementedError, "stochastic_rounding yet"),
-        ({"kahan": True}, NotImplementedError, "kahan yet"),
-        ({"split_master": True}, NotImplementedError, "split_master yet"),
-        ({"skip_nonfinite": True}, NotImplementedError, "skip_nonfinite yet"),
+        ({"state_dtype": torch.float16}, ValueError, "Invalid state_dtype value: torch.float16"),
+        (
+            {"kahan": True, "stochastic_rounding": True},
+            ValueError,
+            "stochastic_rounding and kahan are different ways",
+        ),
+        ({"kahan": True, "split_master": True}, ValueError, "choose one"),
+        ({"state_dtype": "int8", "amsgrad": True}, ValueError, "amsgrad does not go with"),
     ],
     ids=str,
 )
@@ -377,7 +354,9 @@ def test_load_after_the_model_changed_its_dtype(dtype):
     saved = optimizer.state_dict()
     model.to(dtype)
     backward(model, 1)
-    with pytest.raises(RuntimeError, match=r"exp_avgs: expected \w+ as params\[0\], got float32"):
+    with pytest.raises(
+        RuntimeError, match=r"exp_avgs: expected \w+ beside params\[0\] of \w+, got float32"
+    ):
         optimizer.step()
     optimizer = tw.optim.AdamW(model.parameters())
     optimizer.load_state_dict(saved)

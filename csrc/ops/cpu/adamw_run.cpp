@@ -1,0 +1,261 @@
+#include "ops/cpu/adamw_run.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "ops/check.h"
+#include "ops/cpu/adamw_aligned.h"
+#include "ops/cpu/adamw_pieces.h"
+#include "ops/kernels.h"
+
+namespace torchweld::ops {
+namespace {
+
+using kernels::AdamWScalars;
+using kernels::AdamWSpan;
+using kernels::AdamWStatistics;
+using kernels::DType;
+
+// Elements stepped at a time: few enough to lie in a core's first cache when they are looked at
+// again, and a whole number of blocks of 8-bit states.
+constexpr int64_t kPiece = 1 << 12;
+static_assert(kPiece % kernels::kAdamWBlock == 0);
+// Elements that make one partial sum of a norm: fixed, so that the sum is.
+constexpr int64_t kSumPiece = 1 << 14;
+
+const kernels::AdamWKernels& adamw_kernels() { return *cpu_kernels().adamw; }
+
+template <class T>
+T* advance(T* data, int64_t bytes) {
+  return data == nullptr ? nullptr : reinterpret_cast<T*>((char*)data + bytes);
+}
+
+int64_t bytes(DType dtype, int64_t size) { return size * static_cast<int64_t>(size_of(dtype)); }
+
+struct Values {
+  const void* data;
+  DType dtype;
+  int64_t size;
+};
+
+double sum_values(const std::vector<Values>& tensors) {
+  Pieces pieces(kSumPiece);
+  for (const Values& x : tensors) pieces.add(x.size);
+  std::vector<double> sums(static_cast<size_t>(pieces.count()));
+  pieces.for_each([&](size_t t, int64_t begin, int64_t size, int64_t piece) {
+    const Values& x = tensors[t];
+    sums[static_cast<size_t>(piece)] = adamw_kernels().sum_of_squares[static_cast<size_t>(x.dtype)](
+        advance((const char*)x.data, bytes(x.dtype, begin)), size);
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+AdamWScalars scalars(const AdamWHyper& hyper, double step, double grad_scale) {
+  return {.decay = 1 - hyper.lr * hyper.weight_decay,
+          .beta1 = hyper.beta1,
+          .beta2 = hyper.beta2,
+          .step_size = hyper.lr / (1 - std::pow(hyper.beta1, step)),
+          .bias_root = std::sqrt(1 - std::pow(hyper.beta2, step)),
+          .eps = hyper.eps,
+          .grad_scale = hyper.maximize ? -grad_scale : grad_scale};
+}
+
+}  // namespace
+
+struct AdamWRun::Work {
+  AdamWEntry* entry;
+  AdamWSpan span;
+  float* step_count;
+  char* average;
+  char* bfloat16_weight;
+  kernels::AdamWKernel step;
+  kernels::AdamWObserve observe;
+  std::optional<Aligned> aligned;  // where the entry is not uniform
+  AdamWScalars scalars;
+
+  DType dtype() const { return entry->type.dtype; }
+
+  Values grad() const { return {span.grad, dtype(), span.size}; }
+
+  // f(part of the span) for elements [begin, begin + size), each part's places in the whole
+  // parameter in sequence.
+  template <class F>
+  void for_parts(int64_t begin, int64_t size, const F& f) const {
+    const int64_t row = entry->row > 0 ? entry->row : begin + size;
+    for (const int64_t end = begin + size; begin < end;) {
+      const int64_t next = std::min(end, (begin / row + 1) * row);
+      AdamWSpan part =
+          kernels::part(span, dtype(), entry->state, entry->rounding, begin, next - begin);
+      part.index = entry->offset + begin / row * entry->stride + begin % row;
+      f(part, begin);
+      begin = next;
+    }
+  }
+
+  void run(int64_t begin, int64_t size) const {
+    for_parts(begin, size, [&](const AdamWSpan& part, int64_t) { step(part, scalars); });
+  }
+
+  void run_observed(int64_t begin, int64_t size, double average_weight,
+                    AdamWStatistics* statistics) const {
+    alignas(64) char param[kPiece * sizeof(double)];
+    alignas(64) char compensation[kPiece * sizeof(int16_t)];
+    for_parts(begin, size, [&](const AdamWSpan& part, int64_t at) {
+      std::memcpy(param, part.param, static_cast<size_t>(bytes(dtype(), part.size)));
+      if (part.compensation != nullptr) {
+        std::memcpy(compensation, part.compensation, static_cast<size_t>(part.size) * 2);
+      }
+      step(part, scalars);
+      const int64_t average_size = std::max<int64_t>(4, bytes(dtype(), 1));
+      const kernels::AdamWObserver observer{
+          .param_before = param,
+          .compensation_before = part.compensation != nullptr ? compensation : nullptr,
+          .ema = advance(average, at * average_size),
+          .ema_weight = average_weight,
+          .bfloat16 = reinterpret_cast<kernels::BFloat16*>(advance(bfloat16_weight, at * 2))};
+      observe(part, scalars, observer, statistics);
+    });
+  }
+};
+
+AdamWRun::AdamWRun(const char* op, AdamWPlan& plan, const TensorList& grads, const IntList& which)
+    : plan_(plan) {
+  const size_t count = which.empty() ? plan.entries.size() : which.size();
+  TORCHWELD_CHECK(grads.size() == count, op, "grads", count << " tensors", grads.size());
+  const auto place = [&](size_t k) { return which.empty() ? k : static_cast<size_t>(which[k]); };
+  for (size_t k = 0; k < count; ++k) {
+    TORCHWELD_CHECK(place(k) < plan.entries.size(), op, "which", "an entry of the plan", place(k));
+    AdamWEntry& entry = plan.entries[place(k)];
+    if (!still_uniform(plan, entry, grads[k])) check(op, plan, entry, grads[k], place(k));
+    TORCHWELD_CHECK(adamw_kernels().step(entry.type.dtype, entry.state, entry.rounding), op,
+                    "params", "a dtype with kernels for these states and this rounding",
+                    dtype_name(plan.get(entry, kParam).scalar_type()));
+  }
+  // What is copied into one layout is copied after all checks.
+  work_.reserve(count);
+  for (size_t k = 0; k < count; ++k) add(plan.entries[place(k)], grads[k]);
+}
+
+AdamWRun::~AdamWRun() = default;
+
+void AdamWRun::add(AdamWEntry& entry, const Tensor& grad) {
+  Work& work = work_.emplace_back();
+  if (!entry.uniform || !same_layout(grad, plan_.get(entry, kParam))) {
+    // 8-bit states lie in the order their blocks were made in.
+    const bool blocks = entry.state == kernels::AdamWState::int8;
+    work.aligned.emplace(plan_.get(entry, blocks ? kExpAvg : kParam));
+  }
+  const auto data = [&](int role) -> void* {
+    const Tensor* tensor = plan_.find(entry, role);
+    if (tensor == nullptr) return nullptr;
+    const bool align = work.aligned && has_shape_of_param(role);
+    return align ? work.aligned->update(*tensor) : tensor->mutable_data_ptr();
+  };
+  work.entry = &entry;
+  work.span = {.param = data(kParam),
+               .grad = work.aligned ? work.aligned->read(grad) : grad.const_data_ptr(),
+               .exp_avg = data(kExpAvg),
+               .exp_avg_sq = data(kExpAvgSq),
+               .max_exp_avg_sq = data(kMaxExpAvgSq),
+               .compensation = data(kCompensation),
+               .exp_avg_scale = static_cast<float*>(data(kExpAvgScale)),
+               .exp_avg_sq_scale = static_cast<float*>(data(kExpAvgSqScale)),
+               .size = entry.size,
+               .index = 0};
+  work.step_count = static_cast<float*>(data(kStep));
+  work.average = static_cast<char*>(data(kAverage));
+  work.bfloat16_weight = static_cast<char*>(data(kBFloat16Weight));
+  work.step = adamw_kernels().step(entry.type.dtype, entry.state, entry.rounding);
+  work.observe = adamw_kernels().observe(entry.type.dtype, entry.state, entry.rounding);
+}
+
+double AdamWRun::sum_of_squares() {
+  std::vector<Values> grads;
+  grads.reserve(work_.size());
+  for (const Work& work : work_) grads.push_back(work.grad());
+  return sum_values(grads);
+}
+
+int64_t AdamWRun::count_nonfinite() const {
+  int64_t count = 0;
+  for (const Work& work : work_) {
+    const Values grad = work.grad();
+    const auto* element = static_cast<const char*>(grad.data);
+    for (int64_t i = 0; i < grad.size; ++i, element += size_of(grad.dtype)) {
+      double value;
+      if (grad.dtype == DType::float64) {
+        std::memcpy(&value, element, sizeof value);
+      } else {
+        value = adamw_kernels().sum_of_squares[static_cast<size_t>(grad.dtype)](element, 1);
+      }
+      count += !std::isfinite(value);
+    }
+  }
+  return count;
+}
+
+double AdamWRun::share(int64_t count) const {
+  int64_t total = 0;
+  for (const Work& work : work_) total += work.span.size;
+  return static_cast<double>(count) / static_cast<double>(std::max<int64_t>(total, 1));
+}
+
+AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double grad_scale,
+                               const AdamWOptions& options) {
+  Pieces pieces(kPiece);
+  bool observe = options.statistics;
+  for (size_t k = 0; k < work_.size(); ++k) {
+    Work& work = work_[k];
+    const double step = *work.step_count + 1.0;
+    const Work* last = k > 0 ? &work_[k - 1] : nullptr;
+    // Nearly always one and the same step for all of a group.
+    const bool as_last =
+        last && last->entry->group == work.entry->group && *last->step_count == *work.step_count;
+    work.scalars = as_last
+                       ? last->scalars
+                       : scalars(groups[static_cast<size_t>(work.entry->group)], step, grad_scale);
+    work.scalars.key = kernels::adamw_key(options.seed, static_cast<uint64_t>(step),
+                                          static_cast<uint64_t>(work.entry->id));
+    pieces.add(work.span.size);
+    observe = observe || work.average || work.bfloat16_weight;
+  }
+
+  AdamWStatistics total{};
+  if (observe) {
+    std::vector<AdamWStatistics> partial(static_cast<size_t>(pieces.count()));
+    pieces.for_each([&](size_t t, int64_t begin, int64_t size, int64_t piece) {
+      work_[t].run_observed(begin, size, options.average_weight,
+                            &partial[static_cast<size_t>(piece)]);
+    });
+    for (const AdamWStatistics& part : partial) {
+      total.update_squares += part.update_squares;
+      total.lost += part.lost;
+      total.nonfinite += part.nonfinite;
+    }
+  } else {
+    pieces.for_each(
+        [&](size_t t, int64_t begin, int64_t size, int64_t) { work_[t].run(begin, size); });
+  }
+  for (Work& work : work_) {
+    if (work.aligned) work.aligned->write_back();
+    *work.step_count += 1;
+  }
+  return total;
+}
+
+double sum_of_squares(const TensorList& tensors) {
+  std::vector<Aligned> aligned;
+  std::vector<Values> values;
+  aligned.reserve(tensors.size());
+  values.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) {
+    const RealType type = *real_type(tensor.scalar_type());
+    values.push_back(
+        {aligned.emplace_back(tensor).read(tensor), type.dtype, tensor.numel() * type.per_element});
+  }
+  return sum_values(values);
+}
+
+}  // namespace torchweld::ops

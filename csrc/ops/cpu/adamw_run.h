@@ -1,0 +1,49 @@
+// One AdamW step over the tensors of a plan, and the sums it needs beforehand.
+#pragma once
+
+#include "ops/adamw_plan.h"
+
+namespace torchweld::ops {
+
+// Of one group, as torch's param groups give them.
+struct AdamWHyper {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+};
+
+struct AdamWOptions {
+  uint64_t seed = 0;
+  double average_weight = 0;
+  bool statistics = false;
+};
+
+// A step between its checks and its writes.
+class AdamWRun {
+ public:
+  // Checks everything. grads[k] is the gradient of entry which[k], or of entry k if `which` is
+  // empty. `op`: for messages.
+  AdamWRun(const char* op, AdamWPlan& plan, const TensorList& grads, const IntList& which);
+  ~AdamWRun();
+
+  // Over all gradients, in an order fixed by their sizes.
+  double sum_of_squares();
+  int64_t count_nonfinite() const;
+
+  // A number of elements as a share of all.
+  double share(int64_t count) const;
+
+  kernels::AdamWStatistics step(const std::vector<AdamWHyper>& groups, double grad_scale,
+                                const AdamWOptions& options = {});
+
+ private:
+  struct Work;
+  void add(AdamWEntry& entry, const Tensor& grad);
+
+  AdamWPlan& plan_;
+  std::vector<Work> work_;
+};
+
+// Sum of squares over all tensors, in an order fixed by their sizes.
+double sum_of_squares(const TensorList& tensors);
+
+}  // namespace torchweld::ops

@@ -1,0 +1,200 @@
+"""What the steps of an optimizer work on, found once and kept while it stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from operator import is_, is_not
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchweld.optim import _distributed, _state
+
+if TYPE_CHECKING:
+    from torchweld.optim.adamw import AdamW
+
+# The kernels' roles (AdamWRole in csrc/ops/adamw_plan.h), as keys of a state. The parameter comes
+# before them, its bfloat16 copy after them.
+_ROLES = (
+    ("step",),
+    ("exp_avg", "exp_avg_code"),
+    ("exp_avg_sq", "exp_avg_sq_code"),
+    ("max_exp_avg_sq",),
+    ("compensation", "remainder"),
+    ("exp_avg_scale",),
+    ("exp_avg_sq_scale",),
+    ("average",),
+)
+
+
+class Plan:
+    """Parameters that have states, and the operator's handle on both.
+
+    The handle keeps tensors and not pointers, so it sees `p.data = x`; that they are the same
+    tensors is checked here before every step, by identity, which is what is cheap.
+    """
+
+    def __init__(self, optimizer: AdamW) -> None:
+        groups = optimizer.param_groups
+        self.params: list[Tensor] = []
+        self._idle: list[Tensor] = []  # no gradient so far
+        self._all = _parameters(groups)
+        self._sizes = [len(group["params"]) for group in groups]
+        self._amsgrad = [group["amsgrad"] for group in groups]
+        self._tensors: list[Tensor] = []
+        self._sharded: list[Tensor] = []
+        rows: list[list[int]] = []
+        ids = optimizer._ids()
+        for k, group in enumerate(groups):
+            for param in group["params"]:
+                state = optimizer._state_of(param, group["amsgrad"])
+                if state is None:
+                    self._idle.append(param)
+                else:
+                    row = self._row(optimizer, param, state, group["amsgrad"])
+                    rows.append([k, ids[param], *row])
+                    self.params.append(param)
+        self.is_sharded = bool(self._sharded)
+        self._local_parts = [_distributed.local(x) for x in self._sharded]
+        self._reductions = [_distributed.reduction(param) for param in self.params]
+        self.has_float16 = any(p.dtype is torch.float16 for p in self.params)
+        self._keys = list(optimizer.state)
+        self._values = _values(optimizer.state)
+        self._check_devices()
+        places = torch.tensor(rows, dtype=torch.int64)
+        self._handle = torch.ops.torchweld._adamw_plan(self._tensors, places) if rows else None
+        self._run = torch.ops.torchweld._adamw_run.default
+
+    def is_current(self, optimizer: AdamW) -> bool:
+        """Tell whether nothing has changed but values and gradients."""
+        groups = optimizer.param_groups
+        state = optimizer.state
+        return (
+            _same(_parameters(groups), self._all)
+            and [len(group["params"]) for group in groups] == self._sizes
+            and [group["amsgrad"] for group in groups] == self._amsgrad
+            and all(param.grad is None for param in self._idle)
+            and _same(list(state), self._keys)
+            and _same(_values(state), self._values)
+            and (
+                not self._sharded
+                or _same([_distributed.local(x) for x in self._sharded], self._local_parts)
+            )
+        )
+
+    def gradients(self) -> tuple[list[Tensor], list[int]]:
+        """Return the gradients there are, and whose they are; an empty list if all are there."""
+        grads = [param.grad for param in self.params]
+        which: list[int] = []
+        if not all(map(is_not, grads, repeat(None))):
+            which = [i for i, grad in enumerate(grads) if grad is not None]
+            grads = [grads[i] for i in which]
+        if self._sharded:
+            params = [self.params[i] for i in which] if which else self.params
+            grads = [
+                _distributed.local_grad(p, g)  # type: ignore[arg-type]
+                for p, g in zip(params, grads, strict=True)
+            ]
+        return grads, which  # type: ignore[return-value]
+
+    def sum_of_squares(self, grads: Sequence[Tensor], which: Sequence[int]) -> Tensor | None:
+        """Return that of all processes' gradients; None if this one has them whole."""
+        if not self.is_sharded:
+            return None
+        total = torch.zeros(1, dtype=torch.float64)
+        for reduction, (part, _) in self._parts(grads, which).items():
+            squares = torch.ops.torchweld._adamw_sum_of_squares(part)
+            total += _distributed.reduce_sum(squares, reduction)
+        return total
+
+    def run(self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any) -> Tensor:
+        """Do one step; see _adamw_run in csrc/ops/schema.cpp."""
+        report: Tensor = self._run(self._handle, grads, which, *arguments)
+        # So that a backward through a graph that saved them before the step is an error and not a
+        # wrong number.
+        params = [self.params[i] for i in which] if which else self.params
+        torch.autograd.graph.increment_version(params)
+        return report
+
+    def run_in_parts(
+        self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any
+    ) -> Tensor:
+        """Do one step, and return the statistics of all processes' parameters.
+
+        What is sharded alike goes together, since its sums are reduced together.
+        """
+        total = torch.zeros(4, dtype=torch.float64)
+        for reduction, (part, places) in self._parts(grads, which).items():
+            report = self.run(part, places, *arguments)
+            size = sum(grad.numel() for grad in part)
+            sums = torch.stack([report[2].square(), report[3] * size, report[4]])
+            sums = torch.cat([sums, sums.new_tensor([size])])
+            total += _distributed.reduce_sum(sums, reduction)
+        squares, lost, nonfinite, size = total
+        return torch.stack([*report[:2], squares.sqrt(), lost / size.clamp(min=1), nonfinite])
+
+    def _parts(
+        self, grads: Sequence[Tensor], which: Sequence[int]
+    ) -> dict[_distributed.Reduction | None, tuple[list[Tensor], list[int]]]:
+        """Return gradients, and whose they are, by what sums over them are reduced over."""
+        parts: dict[_distributed.Reduction | None, tuple[list[Tensor], list[int]]] = {}
+        for place, grad in zip(which or range(len(self.params)), grads, strict=True):
+            part, places = parts.setdefault(self._reductions[place], ([], []))
+            part.append(grad)
+            places.append(place)
+        return parts
+
+    def _row(
+        self, optimizer: AdamW, param: Tensor, state: _state.State, amsgrad: bool
+    ) -> list[int]:
+        """Return the format, the place and the tensors of a parameter, as the operator has them."""
+        unused = {"max_exp_avg_sq": not amsgrad, "average": optimizer._average is None}
+        values: list[Tensor | None] = [param]
+        for names in _ROLES:
+            found = (state[name] for name in names if name in state and not unused.get(name))
+            values.append(next(found, None))
+        values.append(optimizer._shadow_of(param))
+        form = optimizer._format.of(param)
+        place = _distributed.place(param)
+        if form.state == _state.INT8:
+            place = _distributed.Place(place.offset)  # blocks are not cut into rows
+        return [*form, *place, *map(self._add, values)]
+
+    def _add(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        if _distributed.is_dtensor(tensor):
+            self._sharded.append(tensor)
+        self._tensors.append(_distributed.local(tensor))
+        return len(self._tensors) - 1
+
+    def _check_devices(self) -> None:
+        for param in self.params:
+            if not param.is_cpu:
+                raise NotImplementedError(
+                    "torchweld.optim.AdamW runs on the CPU and not on other devices yet, "
+                    f"got a parameter on {param.device}"
+                )
+        for tensor in self._tensors:
+            if not tensor.is_cpu:
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, but found at least two "
+                    f"devices, cpu and {tensor.device}!"
+                )
+
+
+def _parameters(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    return [param for group in groups for param in group["params"]]
+
+
+def _values(state: dict[Any, Any]) -> list[Any]:
+    try:
+        return list(chain.from_iterable(map(dict.values, state.values())))
+    except TypeError:  # somebody else keeps something there
+        return [v for s in state.values() if isinstance(s, dict) for v in s.values()]
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))

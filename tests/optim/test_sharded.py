@@ -1,0 +1,135 @@
+"""Which part of a parameter a process holds, and that random bits are those of the whole."""
+
+import pytest
+import torch
+import torchweld as tw
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torchweld.optim import _distributed, _state
+
+from tests.optim.models import parameter
+
+BFLOAT16 = torch.bfloat16
+
+
+@pytest.fixture(params=range(4), ids=lambda rank: f"rank {rank}")
+def mesh(request):
+    """A mesh of 2 x 2 processes of which only this one exists; nothing is communicated."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    torch.distributed.init_process_group(
+        "fake", rank=request.param, world_size=4, store=fake.FakeStore()
+    )
+    # Names of its own: torch caches by mesh, and meshes of different ranks are equal otherwise.
+    names = (f"a{request.param}", f"b{request.param}")
+    yield torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    torch.distributed.destroy_process_group()
+
+
+PLACEMENTS = {
+    "first": (Replicate(), Shard(0)),
+    "first twice": (Shard(0), Shard(0)),
+    "columns": (Replicate(), Shard(1)),
+    "blocks": (Shard(0), Shard(1)),
+    "blocks of columns first": (Shard(1), Shard(0)),
+    "last": (Shard(2), Replicate()),
+    "first and last": (Shard(0), Shard(2)),
+    "whole": (Replicate(), Replicate()),
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 4), (5, 3, 7), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_place_of_a_shard(mesh, name, shape):
+    index = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    shard = distribute_tensor(index, mesh, PLACEMENTS[name], src_data_rank=None)
+    held = shard.to_local().reshape(-1)
+    offset, row, stride = _distributed.place(shard)
+    i = torch.arange(held.numel())
+    computed = offset + (i // row * stride + i % row if row else i)
+    if held.numel():
+        assert torch.equal(computed, held)
+
+
+@pytest.mark.parametrize("name", ["first", "columns", "blocks", "last", "first and last"])
+@pytest.mark.parametrize(
+    "options", [{"stochastic_rounding": True}, {"kahan": True}, {"split_master": True}], ids=str
+)
+def test_a_shard_steps_as_the_whole(mesh, name, options):
+    whole = parameter(10, 64, 33, dtype=BFLOAT16)
+
+    def shard(tensor):
+        return distribute_tensor(
+            tensor.detach().clone(), mesh, PLACEMENTS[name], src_data_rank=None
+        )
+
+    part = nn.Parameter(shard(whole))
+    part.grad = shard(whole.grad)
+    optimizers = [tw.optim.AdamW([p], lr=1e-2, **options) for p in (whole, part)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(part.detach().to_local(), shard(whole).to_local())
+    state = optimizers[1].state[part]
+    for key, value in optimizers[0].state[whole].items():
+        if key != "step":
+            assert isinstance(state[key], DTensor)
+            assert state[key].placements == part.placements
+            assert torch.equal(state[key].to_local(), shard(value).to_local())
+
+
+def test_int8_states_are_given_as_tensors_of_any_sharding(mesh):
+    def made():
+        values = parameter(64, 33)
+        part = nn.Parameter(
+            distribute_tensor(values.detach(), mesh, [Shard(0), Shard(1)], src_data_rank=None)
+        )
+        part.grad = distribute_tensor(values.grad, mesh, [Shard(0), Shard(1)], src_data_rank=None)
+        return part, tw.optim.AdamW([part], state_dtype="int8")
+
+    (part, first), (other, second) = made(), made()
+    first.step()
+    saved = first.state_dict()["state"][0]
+    assert {k for k, v in saved.items() if isinstance(v, DTensor)} == {"exp_avg", "exp_avg_sq"}
+    assert saved["exp_avg"].dtype == torch.float32
+    second.load_state_dict(first.state_dict())
+    again = second.state_dict()["state"][0]
+    for name in ("exp_avg", "exp_avg_sq"):
+        a, b = (s[name].to_local() for s in (saved, again))
+        assert a.norm() > 0
+        assert (a - b).norm() < 0.05 * a.norm()
+    assert set(second.state[other]) == {*first.state[part]}
+    second.step()
+
+
+def test_a_new_local_part_is_seen(mesh):
+    part = nn.Parameter(
+        distribute_tensor(torch.ones(8, 4), mesh, [Replicate(), Shard(0)], src_data_rank=None)
+    )
+    part.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Replicate(), Shard(0)], run_check=False)
+    optimizer = tw.optim.AdamW([part])
+    optimizer.step()
+    part._local_tensor = torch.full((4, 4), 5.0)  # as FSDP2 does when it shards anew
+    optimizer.step()
+    assert (part.to_local() < 5).all()
+    assert (part.to_local() > 4.9).all()
+
+
+def test_int8_blocks_are_not_cut_into_rows():
+    assert _state.BLOCK == 256  # kAdamWBlock in csrc/kernels/adamw.h
+
+
+def test_zero_redundancy_optimizer_and_clipping(tmp_path):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        with pytest.raises(ValueError, match="max_grad_norm does not work inside a ZeroRedund"):
+            ZeroRedundancyOptimizer([parameter(3)], tw.optim.AdamW, max_grad_norm=1.0)
+        param = parameter(3)
+        optimizer = ZeroRedundancyOptimizer([param], tw.optim.AdamW, lr=0.1, kahan=True)
+        optimizer.step()
+        assert optimizer.optim.state[param]["step"] == 1
+    finally:
+        torch.distributed.destroy_process_group()
