@@ -178,6 +178,7 @@ def test_a_model_made_on_meta():
     assert (model.weight < 1).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_profilers_and_global_hooks_see_a_step():
     param = parameter(3)
     optimizer = tw.optim.AdamW([param])
