@@ -123,8 +123,8 @@ bool inside(const WinogradWindow& w, int64_t i, int64_t j) {
   return y >= 0 && y < w.height && x >= 0 && x < w.width;
 }
 
-template <class M, bool kEdge>
-void gather(const float* image, const WinogradWindow& window, int64_t channels, float* points,
+template <class M, bool kEdge, class T>
+void gather(const T* image, const WinogradWindow& window, int64_t channels, float* points,
             int64_t point) {
   const int64_t line = window.width * window.pixel;
   const int64_t first = window.y * line + window.x * window.pixel;
@@ -138,8 +138,8 @@ void gather(const float* image, const WinogradWindow& window, int64_t channels, 
   });
 }
 
-template <class M>
-void gather(const float* image, const WinogradWindow& window, int64_t channels, float* points,
+template <class M, class T>
+void gather(const T* image, const WinogradWindow& window, int64_t channels, float* points,
             int64_t point) {
   const int last = M::kFrom - 1;
   if (inside(window, 0, 0) && inside(window, last, last)) {
@@ -149,9 +149,9 @@ void gather(const float* image, const WinogradWindow& window, int64_t channels, 
   }
 }
 
-template <bool kEdge>
-void scatter(const float* points, int64_t point, int64_t channels, float* image,
-             const WinogradWindow& window, const Epilogue& epilogue) {
+template <bool kEdge, class T>
+void scatter(const float* points, int64_t point, int64_t channels, T* image,
+             const WinogradWindow& window, const EpilogueOf<T>& epilogue) {
   const int64_t line = window.width * window.pixel;
   const int64_t first = window.y * line + window.x * window.pixel;
   const VecF low = broadcast<VecF>(epilogue.low), high = broadcast<VecF>(epilogue.high);
@@ -171,8 +171,9 @@ void scatter(const float* points, int64_t point, int64_t channels, float* image,
   });
 }
 
-void scatter(const float* points, int64_t point, int64_t channels, float* image,
-             const WinogradWindow& window, const Epilogue& epilogue) {
+template <class T>
+void scatter(const float* points, int64_t point, int64_t channels, T* image,
+             const WinogradWindow& window, const EpilogueOf<T>& epilogue) {
   const int last = Output::kTo - 1;
   if (inside(window, 0, 0) && inside(window, last, last)) {
     scatter<false>(points, point, channels, image, window, epilogue);
@@ -220,9 +221,11 @@ void grad_weight(const float* points, int64_t point, int64_t rows, int64_t colum
 
 extern const WinogradKernels winograd;
 const WinogradKernels winograd{
-    .input = gather<Input>,
-    .grad_output = gather<GradOutput>,
-    .output = scatter,
+    .input = gather<Input, float>,
+    .input_bf16 = gather<Input, BFloat16>,
+    .grad_output = gather<GradOutput, float>,
+    .output = scatter<float>,
+    .output_bf16 = scatter<BFloat16>,
     .weight = weight,
     .grad_weight = grad_weight,
 };

@@ -141,8 +141,9 @@ class Weight {
 };
 
 // output = epilogue(the convolution of input with weight).
-void forward(const ConvolutionShape& shape, const float* input, const Weight& weight, float* output,
-             const kernels::Epilogue& epilogue, BlockMoments* moments);
+template <class T>
+void forward(const ConvolutionShape& shape, const T* input, const Weight& weight, T* output,
+             const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments);
 
 void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass);
 
