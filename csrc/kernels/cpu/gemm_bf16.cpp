@@ -15,13 +15,21 @@ inline VecF multiply_add(VecF sums, VecF a, VecF b) {
   return (VecF)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
 }
 
-// The first kCount values from p, as a pair, in all lanes.
-template <int kCount>
-inline VecF broadcast_pair(const BFloat16* p) {
-  uint32_t pair = 0;
-  memcpy(&pair, p, kCount * sizeof(BFloat16));
-  return (VecF)_mm512_set1_epi32((int)pair);
+// With the last factor in memory, which GCC 12 would load to a register it does not have.
+inline VecF multiply_add(VecF sums, VecF a, const BFloat16* b) {
+  typedef float Bits __attribute__((vector_size(64), may_alias, aligned(2)));
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "m"(*(const Bits*)b));
+  return sums;
 }
+
+// Two values in all lanes, moved as the float whose bits they have. A pointer of this type, and no
+// memcpy: the compiler sees a broadcast from memory only here.
+typedef float PairBits __attribute__((may_alias, aligned(2)));
+inline VecF broadcast_pair(const BFloat16* p) {
+  return (VecF)_mm512_set1_ps(*(const PairBits*)p);
+}
+// One value and zero: what lies beyond a run may be no number, and no memory of ours.
+inline VecF broadcast_one(const BFloat16* p) { return (VecF)_mm512_set1_epi32(p->bits); }
 
 __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << count) - 1); }
 
@@ -88,6 +96,8 @@ __attribute__((noinline)) void tile(const GemmBF16Arguments& g, int64_t row) {
     for (int64_t k = 0; k < kRows * a_row; k += 32) __builtin_prefetch(next + k, 0, 2);
   }
 
+  // 28 + 4 + 1 registers would be one too many: then each row reads the last column from memory.
+  constexpr bool kFull = kRows == 7 && kVectors == 4;
   // One pointer for every three rows: x86 addresses reach base, base + row and base + 2 * row.
   constexpr int kPointers = (kRows + 2) / 3;
   const BFloat16* a[kPointers];
@@ -95,18 +105,17 @@ __attribute__((noinline)) void tile(const GemmBF16Arguments& g, int64_t row) {
   const auto step = [&](auto pair_at) __attribute__((always_inline)) {
     VecF columns[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = load((const float*)b + v * kLanesF);
+    for (int v = 0; v < kVectors - kFull; ++v) columns[v] = load((const float*)b + v * kLanesF);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const VecF pair = pair_at(a[i / 3] + (i % 3) * a_row);
-      if constexpr (kRows == 7 && kVectors == 4) {
-        // 28 + 4 + 1 registers are one too many: each row reads the last column from memory.
-        asm volatile("" ::: "memory");
-        columns[3] = load((const float*)b + 3 * kLanesF);
-      }
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        sums[i][v] = multiply_add(sums[i][v], pair, columns[v]);
+        if (kFull && v == 3) {
+          sums[i][3] = multiply_add(sums[i][3], pair, b + 2 * 3 * kLanesF);
+        } else {
+          sums[i][v] = multiply_add(sums[i][v], pair, columns[v]);
+        }
       }
     }
 #pragma GCC unroll 8
@@ -119,9 +128,8 @@ __attribute__((noinline)) void tile(const GemmBF16Arguments& g, int64_t row) {
       a[p] = g.a[run] + (row + 3 * p) * a_row;
       asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
     }
-    for (int64_t k = g.depth / 2; k > 0; --k) step(broadcast_pair<2>);
-    // Half a pair: what lies beyond the run may be no number, and no memory of ours.
-    if (g.depth % 2 != 0) step(broadcast_pair<1>);
+    for (int64_t k = g.depth / 2; k > 0; --k) step(broadcast_pair);
+    if (g.depth % 2 != 0) step(broadcast_one);
   }
   finish(g, row, sums);
 }
