@@ -49,7 +49,7 @@ inline bool dense_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool winograd_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return false;
+  return (s.channels >= 32 && s.channels < 192 && s.pixels() >= 512);
 }
 inline bool depthwise_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
