@@ -12,8 +12,6 @@ namespace torchweld::ops {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// Below this malloc does well: it reuses small blocks without giving them back.
-constexpr size_t kSmallest = size_t{1} << 20;
 
 struct Block {
   char* data;
@@ -99,7 +97,7 @@ void trim_memory_pool() { pool().trim(static_cast<size_t>(config().memory_pool.l
 Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFormat format) {
   size_t bytes = size_of(*to_dtype(type));
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  if (bytes >= kSmallest && config().memory_pool > 0) {
+  if (bytes >= kSmallestPooled && config().memory_pool > 0) {
     if (const Block block = pool().take(bytes); block.data) {
       const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
       const bool last = format == torch::headeronly::MemoryFormat::ChannelsLast;

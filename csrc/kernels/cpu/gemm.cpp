@@ -20,6 +20,14 @@ template <int kVectors, bool kPart>
 inline constexpr int kTileRows = kVectors == 2 ? 6 : 12;
 #endif
 
+// The longest row whose successor is fetched into the nearest cache.
+inline constexpr int64_t kNearDepth = 128;
+
+template <int kLocality>
+struct Locality {
+  static constexpr int value = kLocality;
+};
+
 // Vector v of a row of which only the last vector may be a part.
 template <int kVectors, bool kPart, class T>
 __attribute__((always_inline)) inline VecF load_column(const T* p, int v, Part last) {
@@ -53,25 +61,33 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
   // The rows of the next tile: read for the first time, they are too far apart for the hardware.
   if (a_step == 1 && g.runs == 1) {
     const float* next = g.a[0] + (row + kRows) * a_row;
-    for (int64_t k = 0; k < kRows * a_row; k += 16) __builtin_prefetch(next + k, 0, 2);
+    const auto prefetch_rows = [&](auto locality) {
+      for (int i = 0; i < kRows; ++i) {
+        for (int64_t k = 0; k < g.depth; k += 16) {
+          __builtin_prefetch(next + i * a_row + k, 0, decltype(locality)::value);
+        }
+      }
+    };
+    // Long rows would push out of the nearest cache those that are in use.
+    if (g.depth <= kNearDepth) {
+      prefetch_rows(Locality<3>{});
+    } else {
+      prefetch_rows(Locality<2>{});
+    }
   }
 
   // One pointer for every three rows: x86 addresses reach base, base + row and base + 2 * row.
   constexpr int kPointers = (kRows + 2) / 3;
   const float* a[kPointers];
-  const float* b = g.b + column;
-  const int64_t steps = g.depth > 0 ? g.runs * g.depth : 0;
-  // One loop over all steps, for runs may be as short as one.
-  for (int64_t step = 0, left = 0, run = 0; step < steps; ++step, --left) {
-    if (left == 0) {
+  const auto start = [&](int64_t run) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int p = 0; p < kPointers; ++p) {
-        a[p] = g.a[run] + (row + 3 * p) * a_row;
-        asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
-      }
-      left = g.depth;
-      ++run;
+    for (int p = 0; p < kPointers; ++p) {
+      a[p] = g.a[run] + (row + 3 * p) * a_row;
+      asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
     }
+  };
+  const float* b = g.b + column;
+  const auto step = [&]() __attribute__((always_inline)) {
     VecF columns[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = load_column<kVectors, kPart>(b, v, last);
@@ -89,33 +105,57 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
 #pragma GCC unroll 8
     for (int p = 0; p < kPointers; ++p) a[p] += a_step;
     b += b_row;
-  }
-
-  const Epilogue& e = g.epilogue;
-  const VecF low = broadcast<VecF>(e.low), high = broadcast<VecF>(e.high);
-  const bool clamp = e.low > -__builtin_inff() || e.high < __builtin_inff();
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      VecF value = sums[i][v];
-      if (e.bias != nullptr) value += load_column<kVectors, kPart>(e.bias + column, v, last);
-      if (e.residual != nullptr) {
-        const float* residual = e.residual + (row + i) * g.c_row + column;
-        value += load_column<kVectors, kPart>(residual, v, last);
+  };
+  if (g.runs == 1) {
+    start(0);
+    for (int64_t k = 0; k < g.depth; ++k) step();
+  } else if (g.depth > 0) {
+    // One loop over all steps, for runs may be as short as one.
+    const int64_t steps = g.runs * g.depth;
+    for (int64_t k = 0, left = 0, run = 0; k < steps; ++k, --left) {
+      if (left == 0) {
+        start(run++);
+        left = g.depth;
       }
-      if (clamp) {
-        value = value < low ? low : value;
-        value = value > high ? high : value;
-      }
-      float* to = c + i * g.c_row + v * kLanesF;
-      if (kPart && v + 1 == kVectors) {
-        store(to, value, last);
-      } else {
-        store(to, value);
-      }
+      step();
     }
   }
+
+  // Step by step over all registers: a decision for each would take as long as the sums of a short
+  // chain.
+  const Epilogue& e = g.epilogue;
+  const auto for_each_sum = [&](const auto& f) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) f(sums[i][v], i * g.c_row, v);
+    }
+  };
+  if (e.bias != nullptr) {
+    for_each_sum([&](VecF& sum, int64_t, int v) __attribute__((always_inline)) {
+      sum += load_column<kVectors, kPart>(e.bias + column, v, last);
+    });
+  }
+  if (e.residual != nullptr) {
+    const float* residual = e.residual + row * g.c_row + column;
+    for_each_sum([&](VecF& sum, int64_t at, int v) __attribute__((always_inline)) {
+      sum += load_column<kVectors, kPart>(residual + at, v, last);
+    });
+  }
+  if (e.low > -__builtin_inff() || e.high < __builtin_inff()) {
+    const VecF low = broadcast<VecF>(e.low), high = broadcast<VecF>(e.high);
+    for_each_sum([&](VecF& sum, int64_t, int) __attribute__((always_inline)) {
+      sum = sum < low ? low : sum;
+      sum = sum > high ? high : sum;
+    });
+  }
+  for_each_sum([&](VecF sum, int64_t at, int v) __attribute__((always_inline)) {
+    if (kPart && v + 1 == kVectors) {
+      store(c + at + v * kLanesF, sum, last);
+    } else {
+      store(c + at + v * kLanesF, sum);
+    }
+  });
 }
 
 // Tiles of kRows rows from `row` on.

@@ -19,17 +19,32 @@ __attribute__((always_inline)) inline VecF constant(double value) {
 // Each struct is one constant matrix: kTo values from kFrom.
 struct Input {  // B^T
   static constexpr int kFrom = 6, kTo = 6;
+  // 36 values are more than there are registers: two rows at a time, those that share most.
+  static constexpr int kParts = 3;
+  static constexpr int kRows[kParts][2] = {{1, 2}, {3, 4}, {0, 5}};
+
+  template <int kPart>
+  static void part(const VecF* d, VecF* v) {
+    if constexpr (kPart == 2) {
+      const VecF sum = constant(-kA2 - kB2), product = constant(kA2 * kB2);
+      v[0] = fma(product, d[0], fma(sum, d[2], d[4]));
+      v[1] = fma(product, d[1], fma(sum, d[3], d[5]));
+    } else {
+      // The rows of +-kA vanish at +-kB, and the other way round.
+      const VecF root = constant(kPart == 0 ? -kB2 : -kA2);
+      const VecF even = fma(root, d[2], d[4]);
+      const VecF odd = constant(kPart == 0 ? kA : kB) * fma(root, d[1], d[3]);
+      v[0] = even + odd;
+      v[1] = even - odd;
+    }
+  }
   static void apply(const VecF* d, VecF* v) {
-    const VecF a2 = constant(-kA2), b2 = constant(-kB2);
-    const VecF sum = constant(-kA2 - kB2), product = constant(kA2 * kB2);
-    const VecF even_a = fma(b2, d[2], d[4]), odd_a = constant(kA) * fma(b2, d[1], d[3]);
-    const VecF even_b = fma(a2, d[2], d[4]), odd_b = constant(kB) * fma(a2, d[1], d[3]);
-    v[0] = fma(product, d[0], fma(sum, d[2], d[4]));
-    v[1] = even_a + odd_a;
-    v[2] = even_a - odd_a;
-    v[3] = even_b + odd_b;
-    v[4] = even_b - odd_b;
-    v[5] = fma(product, d[1], fma(sum, d[3], d[5]));
+    part<0>(d, v + 1);
+    part<1>(d, v + 3);
+    VecF ends[2];
+    part<2>(d, ends);
+    v[0] = ends[0];
+    v[5] = ends[1];
   }
 };
 
@@ -88,7 +103,7 @@ struct GradWeight {  // G^T
   }
 };
 
-// store(i, j, value) for each value of M x M^T, with x(i, j) = load(i, j).
+// store(i, row) for each row of M x M^T, with x(i, j) = load(i, j).
 template <class M, class Load, class Store>
 __attribute__((always_inline)) inline void transform(const Load& load, const Store& store) {
   VecF half[M::kTo][M::kFrom];
@@ -105,10 +120,34 @@ __attribute__((always_inline)) inline void transform(const Load& load, const Sto
   for (int i = 0; i < M::kTo; ++i) {
     VecF to[M::kTo];
     M::apply(half[i], to);
-#pragma GCC unroll 6
-    for (int j = 0; j < M::kTo; ++j) store(i, j, to[j]);
+    store(i, to);
   }
 }
+
+// The same by parts of M, of two rows each: what they read is read again.
+template <class M, int kPart = 0, class Load, class Store>
+__attribute__((always_inline)) inline void transform_parts(const Load& load, const Store& store) {
+  VecF half[2][M::kFrom];
+#pragma GCC unroll 6
+  for (int j = 0; j < M::kFrom; ++j) {
+    VecF from[M::kFrom], to[2];
+#pragma GCC unroll 6
+    for (int i = 0; i < M::kFrom; ++i) from[i] = load(i, j);
+    M::template part<kPart>(from, to);
+    half[0][j] = to[0];
+    half[1][j] = to[1];
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    VecF to[M::kTo];
+    M::apply(half[i], to);
+    store(M::kRows[kPart][i], to);
+  }
+  if constexpr (kPart + 1 < M::kParts) transform_parts<M, kPart + 1>(load, store);
+}
+
+// Channels between two looks at which pixels of a window lie outside its image.
+inline constexpr int64_t kChunk = 64;
 
 // f(first channel, Whole or Part).
 template <class F>
@@ -118,102 +157,205 @@ __attribute__((always_inline)) inline void for_channels(int64_t channels, const 
   if (c < channels) f(c, Part{channels - c});
 }
 
+// f(first channel, channels) by chunks.
+template <class F>
+__attribute__((always_inline)) inline void for_chunks(int64_t channels, const F& f) {
+  for (int64_t c = 0; c < channels; c += kChunk) {
+    f(c, channels - c < kChunk ? channels - c : kChunk);
+  }
+}
+
 bool inside(const WinogradWindow& w, int64_t i, int64_t j) {
   const int64_t y = w.y + i, x = w.x + j;
   return y >= 0 && y < w.height && x >= 0 && x < w.width;
 }
 
-template <class M, bool kEdge, class T>
-void gather(const T* image, const WinogradWindow& window, int64_t channels, float* points,
-            int64_t point) {
-  const int64_t line = window.width * window.pixel;
-  const int64_t first = window.y * line + window.x * window.pixel;
-  for_channels(channels, [&](int64_t c, auto part) {
-    transform<M>(
-        [&](int i, int j) {
-          if (kEdge && !inside(window, i, j)) return VecF{};
-          return load(image + (first + i * line + j * window.pixel + c), part);
-        },
-        [&](int i, int j, VecF v) { store(points + (i * M::kTo + j) * point + c, v, part); });
-  });
+// Floats from the image's first pixel to a window's, and from one of its lines to the next.
+int64_t line_of(const WinogradWindow& w) { return w.width * w.pixel; }
+int64_t first_of(const WinogradWindow& w) { return w.y * line_of(w) + w.x * w.pixel; }
+
+template <class M, class T>
+struct Patch {
+  const T* pixels[M::kFrom][M::kFrom];
+};
+
+template <class M, class T, class P>
+__attribute__((always_inline)) inline void gather(const Patch<M, T>& patch, int64_t c, P part,
+                                                  float* points, int64_t point) {
+  const auto load_at = [&](int i, int j) __attribute__((always_inline)) {
+    return load(patch.pixels[i][j] + c, part);
+  };
+  const auto store_row = [=](int i, const VecF* row) __attribute__((always_inline)) {
+    float* to = points + i * M::kTo * point;
+#pragma GCC unroll 6
+    for (int j = 0; j < M::kTo; ++j, to += point) store(to, row[j], part);
+  };
+  if constexpr (M::kTo * M::kFrom > 24) {
+    transform_parts<M>(load_at, store_row);
+  } else {
+    transform<M>(load_at, store_row);
+  }
+}
+
+template <class T>
+__attribute__((always_inline)) inline void prefetch_below(const T* below, int64_t line,
+                                                          int64_t pixel) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i, below += line) {
+    const T* at = below;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, at += pixel) __builtin_prefetch(at, 0, 2);
+  }
 }
 
 template <class M, class T>
 void gather(const T* image, const WinogradWindow& window, int64_t channels, float* points,
             int64_t point) {
-  const int last = M::kFrom - 1;
-  if (inside(window, 0, 0) && inside(window, last, last)) {
-    gather<M, false>(image, window, channels, points, point);
-  } else {
-    gather<M, true>(image, window, channels, points, point);
+  static const T zeros[kChunk] __attribute__((aligned(64))) = {};
+  const int64_t line = line_of(window), first = first_of(window), pixel = window.pixel;
+  for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
+    const int64_t size = channels - chunk < kChunk ? channels - chunk : kChunk;
+    Patch<M, T> patch;
+    for (int i = 0; i < M::kFrom; ++i) {
+      for (int j = 0; j < M::kFrom; ++j) {
+        const int64_t at = first + i * line + j * pixel + chunk;
+        patch.pixels[i][j] = inside(window, i, j) ? image + at : zeros;
+      }
+    }
+    // What the window below will read for the first time.
+    const T* below = image + first + M::kFrom * line + chunk;
+    int64_t c = 0;
+    for (; c + kLanesF <= size; c += kLanesF) {
+      prefetch_below(below + c, line, pixel);
+      gather<M>(patch, c, Whole{}, points + chunk + c, point);
+    }
+    if (c < size) gather<M>(patch, c, Part{size - c}, points + chunk + c, point);
   }
 }
 
-template <bool kEdge, class T>
-void scatter(const float* points, int64_t point, int64_t channels, T* image,
-             const WinogradWindow& window, const EpilogueOf<T>& epilogue) {
-  const int64_t line = window.width * window.pixel;
-  const int64_t first = window.y * line + window.x * window.pixel;
-  const VecF low = broadcast<VecF>(epilogue.low), high = broadcast<VecF>(epilogue.high);
-  for_channels(channels, [&](int64_t c, auto part) {
-    const VecF bias = epilogue.bias != nullptr ? load(epilogue.bias + c, part) : VecF{};
-    transform<Output>(
-        [&](int i, int j) { return load(points + (i * Output::kFrom + j) * point + c, part); },
-        [&](int i, int j, VecF v) {
-          if (kEdge && !inside(window, i, j)) return;
-          const int64_t at = first + i * line + j * window.pixel + c;
-          v += bias;
-          if (epilogue.residual != nullptr) v += load(epilogue.residual + at, part);
+template <class T>
+struct Places {
+  T* pixels[Output::kTo][Output::kTo];
+  const T* residual[Output::kTo][Output::kTo];
+};
+
+template <bool kResidual, class T, class P>
+__attribute__((always_inline)) inline void scatter(const float* points, int64_t point,
+                                                   const Places<T>& places, int64_t c, P part,
+                                                   VecF bias, VecF low, VecF high, int64_t ahead) {
+  transform<Output>(
+      [=](int i, int j) __attribute__((always_inline)) {
+        return load(points + (i * Output::kFrom + j) * point, part);
+      },
+      [&](int i, const VecF* row) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < Output::kTo; ++j) {
+          T* to = places.pixels[i][j] + c;
+          __builtin_prefetch(to + ahead, 1);
+          VecF v = row[j] + bias;
+          if (kResidual) v += load(places.residual[i][j] + c, part);
           v = v < low ? low : v;
           v = v > high ? high : v;
-          store(image + at, v, part);
-        });
-  });
+          store(to, v, part);
+        }
+      });
+}
+
+template <bool kResidual, class T>
+void scatter(const float* points, int64_t point, int64_t channels, T* image,
+             const WinogradWindow& window, const EpilogueOf<T>& epilogue) {
+  const int64_t line = line_of(window), first = first_of(window), pixel = window.pixel;
+  const VecF low = broadcast<VecF>(epilogue.low), high = broadcast<VecF>(epilogue.high);
+  const float* bias = epilogue.bias;
+  for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
+    const int64_t size = channels - chunk < kChunk ? channels - chunk : kChunk;
+    Places<T> places;
+    T nowhere[kChunk];
+    for (int i = 0; i < Output::kTo; ++i) {
+      for (int j = 0; j < Output::kTo; ++j) {
+        const int64_t at = first + i * line + j * pixel + chunk;
+        const bool is_inside = inside(window, i, j);
+        places.pixels[i][j] = is_inside ? image + at : nowhere;
+        if (kResidual) places.residual[i][j] = is_inside ? epilogue.residual + at : nowhere;
+      }
+    }
+    int64_t c = 0;
+    for (; c + kLanesF <= size; c += kLanesF) {
+      scatter<kResidual>(points + chunk + c, point, places, c, Whole{},
+                         bias != nullptr ? load(bias + chunk + c) : VecF{}, low, high, 8 * pixel);
+    }
+    if (c < size) {
+      const Part part{size - c};
+      scatter<kResidual>(points + chunk + c, point, places, c, part,
+                         bias != nullptr ? load(bias + chunk + c, part) : VecF{}, low, high,
+                         8 * pixel);
+    }
+  }
 }
 
 template <class T>
 void scatter(const float* points, int64_t point, int64_t channels, T* image,
              const WinogradWindow& window, const EpilogueOf<T>& epilogue) {
-  const int last = Output::kTo - 1;
-  if (inside(window, 0, 0) && inside(window, last, last)) {
-    scatter<false>(points, point, channels, image, window, epilogue);
-  } else {
+  if (epilogue.residual != nullptr) {
     scatter<true>(points, point, channels, image, window, epilogue);
+  } else {
+    scatter<false>(points, point, channels, image, window, epilogue);
   }
 }
 
-void weight(const float* weight, const WinogradTaps& taps, int64_t rows, int64_t columns,
+template <class P>
+__attribute__((always_inline)) inline void weight(const float* from, const WinogradTaps& taps,
+                                                  float* to, int64_t point, P part) {
+  const int64_t vertical = taps.vertical, horizontal = taps.horizontal;
+  transform<Weight>(
+      [=](int i, int j) __attribute__((always_inline)) {
+        return load(from + (i * vertical + j * horizontal), part);
+      },
+      [=](int i, const VecF* row) __attribute__((always_inline)) {
+        float* at = to + i * Weight::kTo * point;
+#pragma GCC unroll 6
+        for (int j = 0; j < Weight::kTo; ++j, at += point) store(at, row[j]);
+      });
+}
+
+void weight(const float* weights, const WinogradTaps& taps, int64_t rows, int64_t columns,
             float* points, int64_t point, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
-    const auto columns_from = [&](int64_t first, auto part) {
-      const float* from = weight + (r * taps.row + first);
-      float* to = points + r * width + first;
-      transform<Weight>(
-          [&](int i, int j) {
-            return load(from + (i * taps.vertical + j * taps.horizontal), part);
-          },
-          [&](int i, int j, VecF v) { store(to + (i * Weight::kTo + j) * point, v); });
-    };
-    int64_t first = 0;
-    for (; first + kLanesF <= columns; first += kLanesF) columns_from(first, Whole{});
-    for (; first < width; first += kLanesF) {
-      columns_from(first, Part{columns > first ? columns - first : 0});
+    const float* from = weights + r * taps.row;
+    float* to = points + r * width;
+    int64_t j = 0;
+    for (; j + kLanesF <= columns; j += kLanesF) weight(from + j, taps, to + j, point, Whole{});
+    for (; j < width; j += kLanesF) {
+      weight(from + j, taps, to + j, point, Part{columns > j ? columns - j : 0});
     }
   }
 }
 
-void grad_weight(const float* points, int64_t point, int64_t rows, int64_t columns, float* weight,
+template <class P>
+__attribute__((always_inline)) inline void grad_weight(const float* from, int64_t point, float* to,
+                                                       const WinogradTaps& taps, P part) {
+  const int64_t vertical = taps.vertical, horizontal = taps.horizontal;
+  transform<GradWeight>(
+      [=](int i, int j) __attribute__((always_inline)) {
+        return load(from + (i * GradWeight::kFrom + j) * point, part);
+      },
+      [=](int i, const VecF* row) __attribute__((always_inline)) {
+        for (int j = 0; j < GradWeight::kTo; ++j) {
+          store(to + (i * vertical + j * horizontal), row[j], part);
+        }
+      });
+}
+
+void grad_weight(const float* points, int64_t point, int64_t rows, int64_t columns, float* weights,
                  const WinogradTaps& taps) {
   for (int64_t r = 0; r < rows; ++r) {
-    for_channels(columns, [&](int64_t c, auto part) {
-      const float* from = points + r * columns + c;
-      float* to = weight + (r * taps.row + c);
-      transform<GradWeight>(
-          [&](int i, int j) { return load(from + (i * GradWeight::kFrom + j) * point, part); },
-          [&](int i, int j, VecF v) {
-            store(to + (i * taps.vertical + j * taps.horizontal), v, part);
-          });
-    });
+    const float* from = points + r * columns;
+    float* to = weights + r * taps.row;
+    int64_t j = 0;
+    for (; j + kLanesF <= columns; j += kLanesF) {
+      grad_weight(from + j, point, to + j, taps, Whole{});
+    }
+    if (j < columns) grad_weight(from + j, point, to + j, taps, Part{columns - j});
   }
 }
 

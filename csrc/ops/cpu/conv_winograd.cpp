@@ -46,12 +46,8 @@ class Forward {
   }
 
  private:
-  static constexpr int64_t kBlockTiles = 40;
+  static constexpr int64_t kBlockTiles = 28;
   static constexpr int64_t kSharedTiles = 128;
-  // Input channels summed in one chain; the chains are added. The transforms magnify the rounding
-  // of a chain, and one as long as the channels would double the error of a direct convolution.
-  int64_t chain() const { return weight_.large() ? Weight::kRows : Weight::kRows / 2; }
-
   struct Block {
     int64_t index, first, count;
   };
@@ -66,15 +62,22 @@ class Forward {
   template <class F>
   void run_blocks(int64_t blocks, const F& block) const {
     parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
-      const int64_t inputs_size = kWinogradPoints * input_stride(block(begin).count);
+      const int64_t inputs_size = inputs_of(block(begin)).size();
       const Scratch inputs(inputs_size + products_size(block(begin)));
       float* products = inputs.data() + inputs_size;
       for (int64_t i = begin; i < end; ++i) {
         gather(block(i), 0, block(i).count, inputs.data());
+        const Points points = inputs_of(block(i));
         for (int64_t p = 0; p < weight_.panels(); ++p) {
           const Panel panel = weight_.panel(p);
-          multiply(block(i), panel, weight_.points(panel), weight_.stride(panel), 0,
-                   shape_.channels, inputs.data(), products);
+          const float* weight = weight_.points(panel);
+          for (int64_t point = 0; point < kWinogradPoints; ++point) {
+            for (int64_t c = 0; c < points.panels(); ++c) {
+              multiply(block(i), panel, points.panel(c), point,
+                       weight + point * weight_.stride(panel) + c * Weight::kRows * panel.width,
+                       inputs.data(), products);
+            }
+          }
           finish(block(i), panel, products);
         }
       }
@@ -82,21 +85,25 @@ class Forward {
   }
 
   void run_panels(const Block& block) const {
-    const Scratch inputs(kWinogradPoints * input_stride(block.count));
+    const Points points = inputs_of(block);
+    const Scratch inputs(points.size());
     parallel_for(block.count, 4,
                  [&](int64_t begin, int64_t end) { gather(block, begin, end, inputs.data()); });
     parallel_for(weight_.panels(), 1, [&](int64_t begin, int64_t end) {
-      const int64_t point = point_stride(Weight::kRows, kernels::kPanel);
-      const int64_t weight_size = kWinogradPoints * point;
+      const int64_t stride = point_stride(Weight::kRows, kernels::kPanel);
+      const int64_t weight_size = kWinogradPoints * stride;
       const Scratch weight(weight_size + Weight::kWorkspace + products_size(block));
       float* workspace = weight.data() + weight_size;
       float* products = workspace + Weight::kWorkspace;
       for (int64_t p = begin; p < end; ++p) {
         const Panel panel = weight_.panel(p);
-        for (int64_t row = 0; row < shape_.channels; row += Weight::kRows) {
-          const int64_t rows = std::min(Weight::kRows, shape_.channels - row);
-          weight_.transform(panel, row, rows, weight.data(), point, workspace);
-          multiply(block, panel, weight.data(), point, row, rows, inputs.data(), products);
+        for (int64_t c = 0; c < points.panels(); ++c) {
+          const Panel rows = points.panel(c);
+          weight_.transform(panel, rows.first, rows.columns, weight.data(), stride, workspace);
+          for (int64_t point = 0; point < kWinogradPoints; ++point) {
+            multiply(block, panel, rows, point, weight.data() + point * stride, inputs.data(),
+                     products);
+          }
         }
         finish(block, panel, products);
       }
@@ -106,42 +113,39 @@ class Forward {
   static int64_t products_size(const Block& block) {
     return kWinogradPoints * point_stride(block.count, kernels::kPanel);
   }
-  int64_t input_stride(int64_t tiles) const { return point_stride(tiles, shape_.channels); }
+  Points inputs_of(const Block& block) const { return Points(shape_.channels, block.count); }
 
   // The transforms of a block's tiles [begin, end), all input channels.
   void gather(const Block& block, int64_t begin, int64_t end, float* inputs) const {
-    const auto kernel = input_kernel(input_);
     const int64_t image = shape_.height * shape_.width * shape_.channels;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = block.first + i;
-      kernel(input_ + tiles_.image(tile) * image, tiles_.input(tile, shape_.channels),
-             shape_.channels, inputs + i * shape_.channels, input_stride(block.count));
+      inputs_of(block).gather(input_kernel(input_), input_ + tiles_.image(tile) * image,
+                              tiles_.input(tile, shape_.channels), i, inputs);
     }
   }
 
-  // products [36][tiles][panel's columns] from `rows` input channels, added to those before them.
-  void multiply(const Block& block, const Panel& panel, const float* weight, int64_t point,
-                int64_t row, int64_t rows, const float* inputs, float* products) const {
-    const auto gemm = cpu_kernels().gemm->gemm;
-    for (int64_t p = 0; p < kWinogradPoints; ++p) {
-      float* c = products + p * point_stride(block.count, panel.columns);
-      for (int64_t first = 0; first < rows; first += chain()) {
-        const float* a = inputs + p * input_stride(block.count) + row + first;
-        gemm({.rows = block.count,
-              .columns = panel.columns,
-              .a = &a,
-              .runs = 1,
-              .depth = std::min(chain(), rows - first),
-              .a_row = shape_.channels,
-              .a_step = 1,
-              .b = weight + p * point + first * panel.width,
-              .b_row = panel.width,
-              .c = c,
-              .c_row = panel.columns,
-              .accumulate = false,
-              .epilogue = {.residual = row + first > 0 ? c : nullptr}});
-      }
-    }
+  // products [36][tiles][panel's columns] of one point from the input channels `rows`, added to
+  // those before them: one chain as long as a panel. The transforms magnify the rounding of a
+  // chain, and one as long as the channels would double the error of a direct convolution.
+  void multiply(const Block& block, const Panel& panel, const Panel& rows, int64_t point,
+                const float* weight, const float* inputs, float* products) const {
+    const Points points = inputs_of(block);
+    float* c = products + point * point_stride(block.count, panel.columns);
+    const float* a = inputs + points.offset(rows.index) + point * points.stride(rows);
+    cpu_kernels().gemm->gemm({.rows = block.count,
+                              .columns = panel.columns,
+                              .a = &a,
+                              .runs = 1,
+                              .depth = rows.columns,
+                              .a_row = rows.columns,
+                              .a_step = 1,
+                              .b = weight,
+                              .b_row = panel.width,
+                              .c = c,
+                              .c_row = panel.columns,
+                              .accumulate = false,
+                              .epilogue = {.residual = rows.first > 0 ? c : nullptr}});
   }
 
   // A panel of the block's output, and its statistics while it is in cache.

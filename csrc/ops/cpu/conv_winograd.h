@@ -38,6 +38,38 @@ struct Panel {
   int64_t width;  // columns of a packed weight
 };
 
+// Where a block's transformed tiles lie: [panels of channels][36][tiles][a panel's columns]. What a
+// product reads of a panel is contiguous, and short enough for the nearest cache.
+class Points {
+ public:
+  Points(int64_t channels, int64_t tiles) : channels_(channels), tiles_(tiles) {}
+
+  int64_t panels() const { return divide_up(channels_, kernels::kPanel); }
+  Panel panel(int64_t index) const { return Panel(index, channels_); }
+
+  int64_t size() const { return offset(panels()); }
+  // Floats before a panel.
+  int64_t offset(int64_t panel) const {
+    return panel * kWinogradPoints * point_stride(tiles_, kernels::kPanel);
+  }
+  // Floats from a point to the next.
+  int64_t stride(const Panel& panel) const { return point_stride(tiles_, panel.columns); }
+
+  // Transforms one tile of an image.
+  template <class T>
+  void gather(kernels::WinogradGatherKernel<T> kernel, const T* image, const WinogradWindow& window,
+              int64_t tile, float* points) const {
+    for (int64_t i = 0; i < panels(); ++i) {
+      const Panel here = panel(i);
+      kernel(image + here.first, window, here.columns, points + offset(i) + tile * here.columns,
+             stride(here));
+    }
+  }
+
+ private:
+  int64_t channels_, tiles_;
+};
+
 // The tiles of an output, numbered by image, row and column.
 class Tiles {
  public:
@@ -100,7 +132,7 @@ class Tiles {
 class Weight {
  public:
   // Input channels transformed at a time: few enough for a core's cache.
-  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kRows = kernels::kPanel;
   // Floats transform() needs to work in.
   static constexpr int64_t kWorkspace = 9 * kRows * kernels::kPanel;
 

@@ -17,11 +17,7 @@ constexpr int64_t kGroupSize = 3 << 18;
 class WeightGradient {
  public:
   WeightGradient(const ConvolutionShape& shape, float* grad_weight, bool one_group)
-      : shape_(shape),
-        grad_weight_(grad_weight),
-        rows_(divide_up(shape.out_channels, kernels::kPanel)),
-        columns_(divide_up(shape.channels, kernels::kPanel)),
-        most_(tiles_per_block(shape)) {
+      : shape_(shape), grad_weight_(grad_weight), most_(tiles_per_block(shape)) {
     // One block and many panels: each pair of them is finished while its sums are in cache.
     at_once_ = one_group && Tiles(shape).count() <= most_ && pairs() >= 16;
     if (!at_once_) sums_.emplace(pairs() * kPairSize);
@@ -33,9 +29,8 @@ class WeightGradient {
     shape.batch = images;
     const Tiles tiles(shape);
     const int64_t size = even_part(tiles.count(), most_);
-    const int64_t input_size = columns_ * kWinogradPoints * point_stride(size, kernels::kPanel);
-    const Scratch inputs(input_size +
-                         rows_ * kWinogradPoints * point_stride(size, kernels::kPanel));
+    const int64_t input_size = inputs_of(size).size();
+    const Scratch inputs(input_size + grad_outputs_of(size).size());
     for (int64_t first = 0; first < tiles.count(); first += size) {
       const Block block{first, std::min(size, tiles.count() - first), inputs.data(),
                         inputs.data() + input_size};
@@ -65,8 +60,7 @@ class WeightGradient {
 
   struct Block {
     int64_t first, count;
-    float* inputs;        // [panels of input channels][36][tiles][channels]
-    float* grad_outputs;  // [panels of output channels][36][tiles][channels]
+    float *inputs, *grad_outputs;  // as Points
   };
 
   static int64_t tiles_per_block(const ConvolutionShape& s) {
@@ -74,20 +68,14 @@ class WeightGradient {
     return std::clamp<int64_t>(size, 1, kBlockTiles);
   }
 
-  int64_t pairs() const { return rows_ * columns_; }
-  Panel row_panel(int64_t index) const { return Panel(index, shape_.out_channels); }
-  Panel column_panel(int64_t index) const { return Panel(index, shape_.channels); }
-
-  static int64_t stride(const Block& block, const Panel& panel) {
-    return point_stride(block.count, panel.columns);
+  Points inputs_of(int64_t tiles) const { return Points(shape_.channels, tiles); }
+  Points grad_outputs_of(int64_t tiles) const { return Points(shape_.out_channels, tiles); }
+  int64_t pairs() const { return inputs_of(0).panels() * grad_outputs_of(0).panels(); }
+  Panel row_panel(int64_t pair) const {
+    return Panel(pair / inputs_of(0).panels(), shape_.out_channels);
   }
-  // Where the points of a panel begin.
-  static float* inputs(const Block& block, int64_t panel) {
-    return block.inputs + panel * kWinogradPoints * point_stride(block.count, kernels::kPanel);
-  }
-  static float* grad_outputs(const Block& block, int64_t panel) {
-    return block.grad_outputs +
-           panel * kWinogradPoints * point_stride(block.count, kernels::kPanel);
+  Panel column_panel(int64_t pair) const {
+    return Panel(pair % inputs_of(0).panels(), shape_.channels);
   }
 
   void gather(const Tiles& tiles, const Block& block, const float* input,
@@ -98,18 +86,12 @@ class WeightGradient {
     parallel_for(block.count, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t tile = block.first + i, image = tiles.image(tile);
-        for (int64_t c = 0; c < columns_; ++c) {
-          const Panel panel = column_panel(c);
-          kernels.input(input + image * input_image + panel.first,
-                        tiles.input(tile, shape_.channels), panel.columns,
-                        inputs(block, c) + i * panel.columns, stride(block, panel));
-        }
-        for (int64_t r = 0; r < rows_; ++r) {
-          const Panel panel = row_panel(r);
-          kernels.grad_output(grad_output + image * output_image + panel.first,
-                              tiles.output(tile, shape_.out_channels), panel.columns,
-                              grad_outputs(block, r) + i * panel.columns, stride(block, panel));
-        }
+        inputs_of(block.count)
+            .gather(kernels.input, input + image * input_image, tiles.input(tile, shape_.channels),
+                    i, block.inputs);
+        grad_outputs_of(block.count)
+            .gather(kernels.grad_output, grad_output + image * output_image,
+                    tiles.output(tile, shape_.out_channels), i, block.grad_outputs);
       }
     });
   }
@@ -135,30 +117,32 @@ class WeightGradient {
 
   // The sum of one point over a block's tiles, added to that of the blocks before.
   void multiply(const Block& block, int64_t pair, int64_t p, float* sums) const {
-    const Panel row = row_panel(pair / columns_), column = column_panel(pair % columns_);
+    const Panel row = row_panel(pair), column = column_panel(pair);
+    const Points inputs = inputs_of(block.count), grad_outputs = grad_outputs_of(block.count);
+    const float* from = block.inputs + inputs.offset(column.index) + p * inputs.stride(column);
+    const float* to =
+        block.grad_outputs + grad_outputs.offset(row.index) + p * grad_outputs.stride(row);
     float* sum = sums + p * point_stride(row.columns, column.columns);
     for (int64_t first = 0; first < block.count; first += kChain) {
-      const float* a =
-          grad_outputs(block, row.index) + p * stride(block, row) + first * row.columns;
-      cpu_kernels().gemm->gemm(
-          {.rows = row.columns,
-           .columns = column.columns,
-           .a = &a,
-           .runs = 1,
-           .depth = std::min(kChain, block.count - first),
-           .a_row = 1,
-           .a_step = row.columns,
-           .b = inputs(block, column.index) + p * stride(block, column) + first * column.columns,
-           .b_row = column.columns,
-           .c = sum,
-           .c_row = column.columns,
-           .accumulate = false,
-           .epilogue = {.residual = empty_ && first == 0 ? nullptr : sum}});
+      const float* a = to + first * row.columns;
+      cpu_kernels().gemm->gemm({.rows = row.columns,
+                                .columns = column.columns,
+                                .a = &a,
+                                .runs = 1,
+                                .depth = std::min(kChain, block.count - first),
+                                .a_row = 1,
+                                .a_step = row.columns,
+                                .b = from + first * column.columns,
+                                .b_row = column.columns,
+                                .c = sum,
+                                .c_row = column.columns,
+                                .accumulate = false,
+                                .epilogue = {.residual = empty_ && first == 0 ? nullptr : sum}});
     }
   }
 
   void finish(int64_t pair, const float* sums) const {
-    const Panel row = row_panel(pair / columns_), column = column_panel(pair % columns_);
+    const Panel row = row_panel(pair), column = column_panel(pair);
     const int64_t channels = shape_.channels;
     cpu_kernels().winograd->grad_weight(sums, point_stride(row.columns, column.columns),
                                         row.columns, column.columns,
@@ -168,7 +152,6 @@ class WeightGradient {
 
   const ConvolutionShape& shape_;
   float* grad_weight_;
-  int64_t rows_, columns_;  // panels of output and of input channels
   int64_t most_;
   bool at_once_;
   bool empty_ = true;
