@@ -60,8 +60,8 @@ class Points {
               const WinogradWindow& window, int64_t tile, float* points) const {
     for (int64_t i = 0; i < panels(); ++i) {
       const Panel here = panel(i);
-      kernel(image + here.first, window, here.columns,
-             points + offset(i) + tile * here.columns, stride(here));
+      kernel(image + here.first, window, here.columns, points + offset(i) + tile * here.columns,
+             stride(here));
     }
   }
 

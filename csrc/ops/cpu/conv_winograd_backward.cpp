@@ -168,20 +168,19 @@ class WeightGradient {
     const int64_t chain = even_part(block.count, kChain);
     for (int64_t first = 0; first < block.count; first += chain) {
       const float* a = to + first * row.columns;
-      cpu_kernels().gemm->gemm(
-          {.rows = row.columns,
-           .columns = column.columns,
-           .a = &a,
-           .runs = 1,
-           .depth = std::min(chain, block.count - first),
-           .a_row = 1,
-           .a_step = row.columns,
-           .b = from + first * column.columns,
-           .b_row = column.columns,
-           .c = sum,
-           .c_row = column.columns,
-           .accumulate = false,
-           .epilogue = {.residual = empty && first == 0 ? nullptr : sum}});
+      cpu_kernels().gemm->gemm({.rows = row.columns,
+                                .columns = column.columns,
+                                .a = &a,
+                                .runs = 1,
+                                .depth = std::min(chain, block.count - first),
+                                .a_row = 1,
+                                .a_step = row.columns,
+                                .b = from + first * column.columns,
+                                .b_row = column.columns,
+                                .c = sum,
+                                .c_row = column.columns,
+                                .accumulate = false,
+                                .epilogue = {.residual = empty && first == 0 ? nullptr : sum}});
     }
   }
 
