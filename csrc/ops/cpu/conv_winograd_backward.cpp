@@ -1,5 +1,6 @@
 // Both gradients from one pass over the output's gradient, a group of images at a time.
 #include <optional>
+#include <vector>
 
 #include "ops/cpu/conv_winograd.h"
 #include "ops/cpu/scratch.h"
@@ -11,16 +12,24 @@ namespace {
 // Floats of the output's gradient in a group of images.
 constexpr int64_t kGroupSize = 3 << 18;
 
-// Sums the weight's gradient over blocks of tiles. A block's inputs and gradients are transformed
-// first, into a buffer that threads share; then each product of one point and two panels of
-// channels belongs to one task, which adds up short chains in their order.
+// Sums the weight's gradient over blocks of tiles: a block's inputs and gradients are transformed,
+// then multiplied at each point, in short chains that are added in their order.
+//
+// Few channels: tasks take runs of small blocks, each in its core's cache, and each has sums of its
+// own, which are added in the end. Many channels: threads share large blocks, and each product of
+// one point and two panels of channels belongs to one task.
 class WeightGradient {
  public:
   WeightGradient(const ConvolutionShape& shape, float* grad_weight, bool one_group)
-      : shape_(shape), grad_weight_(grad_weight), most_(tiles_per_block(shape)) {
+      : shape_(shape), grad_weight_(grad_weight) {
+    const int64_t tiles = Tiles(shape).count();
+    if (pairs() == 1) {
+      tasks_ = std::clamp<int64_t>(tiles / (kTaskBlocks * kSmallBlock), 1, kMaxTasks);
+    }
     // One block and many panels: each pair of them is finished while its sums are in cache.
-    at_once_ = one_group && Tiles(shape).count() <= most_ && pairs() >= 16;
-    if (!at_once_) sums_.emplace(pairs() * kPairSize);
+    at_once_ = one_group && tiles <= tiles_per_block() && pairs() >= 16;
+    if (!at_once_) sums_.emplace(tasks_ * pairs() * kPairSize);
+    empty_.assign(tasks_, true);
   }
 
   // A group of images, and the gradient of their output.
@@ -28,21 +37,27 @@ class WeightGradient {
     ConvolutionShape shape = shape_;
     shape.batch = images;
     const Tiles tiles(shape);
-    const int64_t size = even_part(tiles.count(), most_);
-    const int64_t input_size = inputs_of(size).size();
-    const Scratch inputs(input_size + grad_outputs_of(size).size());
+    if (pairs() == 1) {
+      add_small(tiles, input, grad_output);
+      return;
+    }
+    const int64_t size = even_part(tiles.count(), tiles_per_block());
+    const Scratch points(size_of(size));
     for (int64_t first = 0; first < tiles.count(); first += size) {
-      const Block block{first, std::min(size, tiles.count() - first), inputs.data(),
-                        inputs.data() + input_size};
-      gather(tiles, block, input, grad_output);
+      const Block block = block_at(tiles, first, size, points);
+      parallel_for(block.count, 4, [&](int64_t begin, int64_t end) {
+        gather(tiles, block, begin, end, input, grad_output);
+      });
       multiply(block);
-      empty_ = false;
+      empty_[0] = false;
     }
   }
 
   void finish() const {
     if (at_once_) return;
-    if (empty_) std::fill_n(sums_->data(), pairs() * kPairSize, 0.0f);
+    parallel_for(pairs() * kWinogradPoints, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) merge(i * kPairSize / kWinogradPoints);
+    });
     parallel_for(pairs(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) finish(i, sums_->data() + i * kPairSize);
     });
@@ -55,6 +70,10 @@ class WeightGradient {
   // Floats of a block's transformed tiles: a shared cache holds them.
   static constexpr int64_t kBlockSize = 3 << 20;
   static constexpr int64_t kBlockTiles = 512;
+  // Tiles of a block that a core's cache holds beside a pair's sums; blocks to a task, and tasks.
+  static constexpr int64_t kSmallBlock = 28;
+  static constexpr int64_t kTaskBlocks = 12;
+  static constexpr int64_t kMaxTasks = 8;
   // Tiles summed in one chain; the chains are added.
   static constexpr int64_t kChain = 64;
 
@@ -63,13 +82,20 @@ class WeightGradient {
     float *inputs, *grad_outputs;  // as Points
   };
 
-  static int64_t tiles_per_block(const ConvolutionShape& s) {
-    const int64_t size = kBlockSize / (kWinogradPoints * (s.channels + s.out_channels));
+  int64_t tiles_per_block() const {
+    const int64_t size = kBlockSize / (kWinogradPoints * (shape_.channels + shape_.out_channels));
     return std::clamp<int64_t>(size, 1, kBlockTiles);
   }
 
   Points inputs_of(int64_t tiles) const { return Points(shape_.channels, tiles); }
   Points grad_outputs_of(int64_t tiles) const { return Points(shape_.out_channels, tiles); }
+  int64_t size_of(int64_t tiles) const {
+    return inputs_of(tiles).size() + grad_outputs_of(tiles).size();
+  }
+  Block block_at(const Tiles& tiles, int64_t first, int64_t size, const Scratch& points) const {
+    return {first, std::min(size, tiles.count() - first), points.data(),
+            points.data() + inputs_of(size).size()};
+  }
   int64_t pairs() const { return inputs_of(0).panels() * grad_outputs_of(0).panels(); }
   Panel row_panel(int64_t pair) const {
     return Panel(pair / inputs_of(0).panels(), shape_.out_channels);
@@ -78,20 +104,36 @@ class WeightGradient {
     return Panel(pair % inputs_of(0).panels(), shape_.channels);
   }
 
-  void gather(const Tiles& tiles, const Block& block, const float* input,
-              const float* grad_output) const {
+  // The transforms of a block's tiles [begin, end).
+  void gather(const Tiles& tiles, const Block& block, int64_t begin, int64_t end,
+              const float* input, const float* grad_output) const {
     const auto& kernels = *cpu_kernels().winograd;
     const int64_t input_image = shape_.height * shape_.width * shape_.channels;
     const int64_t output_image = shape_.out_height * shape_.out_width * shape_.out_channels;
-    parallel_for(block.count, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t tile = block.first + i, image = tiles.image(tile);
-        inputs_of(block.count)
-            .gather(kernels.input, input + image * input_image, tiles.input(tile, shape_.channels),
-                    i, block.inputs);
-        grad_outputs_of(block.count)
-            .gather(kernels.grad_output, grad_output + image * output_image,
-                    tiles.output(tile, shape_.out_channels), i, block.grad_outputs);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile = block.first + i, image = tiles.image(tile);
+      inputs_of(block.count)
+          .gather(kernels.input, input + image * input_image, tiles.input(tile, shape_.channels), i,
+                  block.inputs);
+      grad_outputs_of(block.count)
+          .gather(kernels.grad_output, grad_output + image * output_image,
+                  tiles.output(tile, shape_.out_channels), i, block.grad_outputs);
+    }
+  }
+
+  void add_small(const Tiles& tiles, const float* input, const float* grad_output) {
+    const int64_t blocks = divide_up(tiles.count(), kSmallBlock);
+    parallel_for(tasks_, 1, [&](int64_t begin, int64_t end) {
+      const Scratch points(size_of(kSmallBlock));
+      for (int64_t task = begin; task < end; ++task) {
+        float* sums = sums_->data() + task * kPairSize;
+        const int64_t last = (task + 1) * blocks / tasks_;
+        for (int64_t i = task * blocks / tasks_; i < last; ++i) {
+          const Block block = block_at(tiles, i * kSmallBlock, kSmallBlock, points);
+          gather(tiles, block, 0, block.count, input, grad_output);
+          for (int64_t p = 0; p < kWinogradPoints; ++p) multiply(block, 0, p, sums, empty_[task]);
+          empty_[task] = false;
+        }
       }
     });
   }
@@ -101,7 +143,7 @@ class WeightGradient {
       parallel_for(pairs(), 1, [&](int64_t begin, int64_t end) {
         const Scratch sums(kPairSize);
         for (int64_t i = begin; i < end; ++i) {
-          for (int64_t p = 0; p < kWinogradPoints; ++p) multiply(block, i, p, sums.data());
+          for (int64_t p = 0; p < kWinogradPoints; ++p) multiply(block, i, p, sums.data(), true);
           finish(i, sums.data());
         }
       });
@@ -110,26 +152,27 @@ class WeightGradient {
     parallel_for(pairs() * kWinogradPoints, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t pair = i / kWinogradPoints;
-        multiply(block, pair, i % kWinogradPoints, sums_->data() + pair * kPairSize);
+        multiply(block, pair, i % kWinogradPoints, sums_->data() + pair * kPairSize, empty_[0]);
       }
     });
   }
 
   // The sum of one point over a block's tiles, added to that of the blocks before.
-  void multiply(const Block& block, int64_t pair, int64_t p, float* sums) const {
+  void multiply(const Block& block, int64_t pair, int64_t p, float* sums, bool empty) const {
     const Panel row = row_panel(pair), column = column_panel(pair);
     const Points inputs = inputs_of(block.count), grad_outputs = grad_outputs_of(block.count);
     const float* from = block.inputs + inputs.offset(column.index) + p * inputs.stride(column);
     const float* to =
         block.grad_outputs + grad_outputs.offset(row.index) + p * grad_outputs.stride(row);
     float* sum = sums + p * point_stride(row.columns, column.columns);
-    for (int64_t first = 0; first < block.count; first += kChain) {
+    const int64_t chain = even_part(block.count, kChain);
+    for (int64_t first = 0; first < block.count; first += chain) {
       const float* a = to + first * row.columns;
       cpu_kernels().gemm->gemm({.rows = row.columns,
                                 .columns = column.columns,
                                 .a = &a,
                                 .runs = 1,
-                                .depth = std::min(kChain, block.count - first),
+                                .depth = std::min(chain, block.count - first),
                                 .a_row = 1,
                                 .a_step = row.columns,
                                 .b = from + first * column.columns,
@@ -137,7 +180,19 @@ class WeightGradient {
                                 .c = sum,
                                 .c_row = column.columns,
                                 .accumulate = false,
-                                .epilogue = {.residual = empty_ && first == 0 ? nullptr : sum}});
+                                .epilogue = {.residual = empty && first == 0 ? nullptr : sum}});
+    }
+  }
+
+  // The sums of all tasks in a part of what a pair has, in the order of the tasks.
+  void merge(int64_t first) const {
+    float* sums = sums_->data() + first;
+    const int64_t size = kPairSize / kWinogradPoints;
+    if (empty_[0]) std::fill_n(sums, size, 0.0f);
+    for (int64_t task = 1; task < tasks_; ++task) {
+      if (empty_[task]) continue;
+      const float* more = sums + task * pairs() * kPairSize;
+      for (int64_t i = 0; i < size; ++i) sums[i] += more[i];
     }
   }
 
@@ -152,10 +207,10 @@ class WeightGradient {
 
   const ConvolutionShape& shape_;
   float* grad_weight_;
-  int64_t most_;
+  int64_t tasks_ = 1;
   bool at_once_;
-  bool empty_ = true;
-  std::optional<Scratch> sums_;  // [pairs][36][output channels][input channels]
+  std::optional<Scratch> sums_;  // [tasks][pairs][36][output channels][input channels]
+  std::vector<char> empty_;      // whether nothing has been added to a task's sums
 };
 
 // The convolution that takes the output's gradient to the input's.
