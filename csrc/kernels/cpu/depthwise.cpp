@@ -199,6 +199,7 @@ void forward(const DepthwiseForwardOf<T>& d) {
   if (is(3, 2)) return forward_rows<3, 2>(d);
   if (is(5, 1)) return forward_rows<5, 1>(d);
   if (is(5, 2)) return forward_rows<5, 2>(d);
+  if (is(7, 1)) return forward_rows<7, 1>(d);
   // Those of a gradient with stride 2.
   if (is(1, 1)) return forward_rows<1, 1>(d);
   if (is(2, 1)) return forward_rows<2, 1>(d);

@@ -1,5 +1,7 @@
 #include "ops/cpu/convolve.h"
 
+#include <algorithm>
+
 #include "ops/cpu/choose.h"
 #include "ops/memory.h"
 
@@ -186,9 +188,11 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
 Tensor pack_weight(const Tensor& weight, const Convolution& conv) {
   const ScalarType type = weight.scalar_type();
   if (type == ScalarType::Float || type == ScalarType::BFloat16) {
-    // The rule looks at the size of an image too; this one is in the middle.
-    const ConvolutionShape shape =
-        to_shape({8, weight.size(1) * conv.groups, 28, 28}, weight, conv);
+    // The rule looks at the size of an image too, which networks halve where they double channels.
+    const int64_t channels = weight.size(1) * conv.groups;
+    const int64_t most = std::max<int64_t>(1, std::max(channels, weight.size(0)));
+    const int64_t size = std::clamp<int64_t>(64 * 56 / most, 7, 56);
+    const ConvolutionShape shape = to_shape({8, channels, size, size}, weight, conv);
     const bool has_pixels = shape.out_height > 0 && shape.out_width > 0;
     if (const ConvolutionAlgorithm* algorithm = has_pixels ? choose_folded(shape, 0) : nullptr)
       return packed_by(*algorithm, shape, weight);
