@@ -6,10 +6,12 @@ python -m benchmarks.sweep --count 300 --seed 0 --output build/sweep-0.csv
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,8 +25,9 @@ from benchmarks.cases import CONV, ConvCase
 from benchmarks.harness import Contender, interleave
 
 ALGORITHMS = ("aten", "dense", "winograd", "depthwise")
-# conv_bn_relu forward in training, its backward, and the folded layer, whose weight is packed.
-PASSES = ("forward", "backward", "folded")
+# conv_bn_relu forward in training, its backward, and the folded layer, whose weight is packed: in
+# float32 and in bfloat16.
+PASSES = ("forward", "backward", "folded", "folded_bf16")
 SHAPE = ("batch", "in_channels", "out_channels", "kernel", "size", "stride", "groups", "dilation")
 COLUMNS = ("capability", "threads", "pass", *SHAPE, *ALGORITHMS)
 
@@ -70,16 +73,17 @@ def network_layers() -> Iterator[ConvCase]:
             yield replace(case, batch=batch)
 
 
-def able(case: ConvCase, backward: bool) -> list[str]:
-    """Return the algorithms that can compute a layer or its gradients, ATen's first."""
+def able(case: ConvCase, passed: str) -> list[str]:
+    """Return the algorithms that can compute a pass of a layer, ATen's first."""
     ops = torch.ops.torchweld
-    x, weight = torch.zeros(1, *case.input_shape[1:]), torch.zeros(case.weight_shape)
-    y = torch.zeros(1, *case.output_shape[1:])
+    dtype = torch.bfloat16 if passed.endswith("bf16") else torch.float32
+    shapes = (1, *case.input_shape[1:]), case.weight_shape, (1, *case.output_shape[1:])
+    x, weight, y = (torch.zeros(shape, dtype=dtype) for shape in shapes)
     conv = ([case.stride] * 2, [case.padding] * 2, [case.dilation] * 2, case.groups)
     found = ["aten"]
     for name in ALGORITHMS[1:]:
         try:
-            if backward:
+            if passed == "backward":
                 ops._conv_backward(y, x, weight, *conv, name, True, True)
             else:
                 ops._conv_forward(x, weight, None, None, *conv, 0.0, 1.0, name, False)
@@ -91,8 +95,8 @@ def able(case: ConvCase, backward: bool) -> list[str]:
     return found
 
 
-def runs(case: ConvCase) -> dict[str, Callable[[], object]]:
-    """Return what does each pass with the algorithm set in ``tw.config``."""
+def runs(case: ConvCase, passes: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """Return what does each of the passes with the algorithm set in ``tw.config``."""
     conv = nn.Conv2d(
         case.in_channels, case.out_channels, case.kernel, case.stride, case.padding,
         case.dilation, case.groups, bias=False,
@@ -101,25 +105,30 @@ def runs(case: ConvCase) -> dict[str, Callable[[], object]]:
     bn = nn.BatchNorm2d(case.out_channels)
     x = torch.randn(case.input_shape).to(memory_format=torch.channels_last).requires_grad_()
     layer = tw.nn.ConvBNReLU2d.from_float(conv, bn)
-    folded = tw.nn.ConvReLU2d.from_float(conv.eval(), bn.eval())
-    y = layer.train()(x)
-    grad = torch.randn_like(y)
     leaves = (x, *layer.parameters())
-    return {
-        "forward": torch.no_grad()(lambda: layer(x)),
-        "backward": lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True),
-        "folded": torch.no_grad()(lambda: folded(x)),
-    }
+    found: dict[str, Callable[[], object]] = {}
+    if "forward" in passes:
+        found["forward"] = torch.no_grad()(lambda: layer(x))
+    if "backward" in passes:
+        y = layer.train()(x)
+        grad = torch.randn_like(y)
+        found["backward"] = lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    for name, dtype in (("folded", torch.float32), ("folded_bf16", torch.bfloat16)):
+        if name in passes:
+            stock = copy.deepcopy(nn.Sequential(conv, bn).eval()).to(dtype)
+            folded, given = tw.nn.ConvReLU2d.from_float(*stock), x.detach().to(dtype)
+            found[name] = torch.no_grad()(partial(folded, given))
+    return found
 
 
-def measure(case: ConvCase, rounds: int) -> dict[str, dict[str, float]]:
+def measure(case: ConvCase, rounds: int, passes: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return milliseconds by pass and algorithm."""
     torch.manual_seed(0)
-    contenders: dict[str, list[Contender]] = {name: [] for name in PASSES}
-    names = {name: able(case, name == "backward") for name in PASSES}
+    contenders: dict[str, list[Contender]] = {name: [] for name in passes}
+    names = {name: able(case, name) for name in passes}
     for algorithm in ALGORITHMS:
         tw.config.convolution = algorithm
-        for name, run in runs(case).items():
+        for name, run in runs(case, passes).items():
             if algorithm not in names[name]:
                 continue
 
@@ -145,6 +154,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="a layer (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, metavar="PASS")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="CSV")
     options = parser.parse_args()
     malloc.enter("kept")
@@ -164,7 +174,7 @@ def main() -> None:
             drawn = list(islice(layers(options.seed), options.count))
         for case in tqdm(drawn, unit="layer"):
             shape = {name: getattr(case, name) for name in SHAPE}
-            for name, times in measure(case, options.rounds).items():
+            for name, times in measure(case, options.rounds, options.passes).items():
                 rounded = {algorithm: round(ms, 5) for algorithm, ms in times.items()}
                 writer.writerow({**machine, "pass": name, **shape, **rounded})
             file.flush()

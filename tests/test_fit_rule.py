@@ -105,7 +105,7 @@ def test_sweep_writes_what_the_fit_reads(tmp_path, monkeypatch):
     sweep.main()
     assert sweep.tw.config.convolution == before
     read = fit_rule.read([path])
-    assert set(read) == {"forward", "backward", "folded"}
+    assert set(read) == {"forward", "backward", "folded", "folded_bf16"}
     for (one,) in read.values():
         assert one.features == {
             "s.channels": 8, "s.out_channels": 24, "s.kernel_width": 3, "s.stride_width": 2,

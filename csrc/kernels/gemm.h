@@ -15,14 +15,16 @@ namespace torchweld::kernels {
 inline constexpr int64_t kPanel = 64;
 inline constexpr int64_t kPanelGroup = 16;
 
-// What is done to a result on its way to memory: + bias, + residual, then clamped to [low, high].
-// A NaN passes the clamp. Without a clamp the bounds are infinite.
-struct Epilogue {
-  const float* bias = nullptr;      // per column, or null
-  const float* residual = nullptr;  // laid out as c, or null
+// What is done to a result on its way to memory as T: + bias, + residual, then clamped to
+// [low, high]. A NaN passes the clamp. Without a clamp the bounds are infinite.
+template <class T>
+struct EpilogueOf {
+  const float* bias = nullptr;  // per column, or null
+  const T* residual = nullptr;  // laid out as c, or null
   float low = -__builtin_inff();
   float high = __builtin_inff();
 };
+using Epilogue = EpilogueOf<float>;
 
 // c[i * c_row + j] = epilogue(start + sum over r, k of a[r][i * a_row + k * a_step]
 //                                                      * b[(r * depth + k) * b_row + j])

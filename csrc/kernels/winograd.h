@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+#include "kernels/dtype.h"
 #include "kernels/gemm.h"
 
 namespace torchweld::kernels {
@@ -27,17 +28,19 @@ inline constexpr int64_t kWinogradPoints = 36;
 // written.
 struct WinogradWindow {
   int64_t height, width;
-  int64_t pixel;  // floats from one pixel to the next
+  int64_t pixel;  // values from one pixel to the next
   int64_t y, x;   // of the square's first pixel
 };
 
 // points[p * point + c] = the transform of channel c in the window.
-using WinogradGatherKernel = void (*)(const float* image, const WinogradWindow& window,
+template <class T>
+using WinogradGatherKernel = void (*)(const T* image, const WinogradWindow& window,
                                       int64_t channels, float* points, int64_t point);
 // The window = epilogue(the transform of the points). The residual is laid out as the image.
+template <class T>
 using WinogradScatterKernel = void (*)(const float* points, int64_t point, int64_t channels,
-                                       float* image, const WinogradWindow& window,
-                                       const Epilogue& epilogue);
+                                       T* image, const WinogradWindow& window,
+                                       const EpilogueOf<T>& epilogue);
 
 // Where a weight's values lie: its taps, and what a row is (an input or an output channel). The
 // columns are contiguous.
@@ -54,9 +57,11 @@ using WinogradGradWeightKernel = void (*)(const float* points, int64_t point, in
                                           int64_t columns, float* weight, const WinogradTaps& taps);
 
 struct WinogradKernels {
-  WinogradGatherKernel input;        // from a patch
-  WinogradGatherKernel grad_output;  // from a tile
-  WinogradScatterKernel output;      // to a tile
+  WinogradGatherKernel<float> input;  // from a patch
+  WinogradGatherKernel<BFloat16> input_bf16;
+  WinogradGatherKernel<float> grad_output;  // from a tile
+  WinogradScatterKernel<float> output;      // to a tile
+  WinogradScatterKernel<BFloat16> output_bf16;
   WinogradWeightKernel weight;
   WinogradGradWeightKernel grad_weight;
 };

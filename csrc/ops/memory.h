@@ -10,8 +10,8 @@
 
 namespace torchweld::ops {
 
-// Bytes of the smallest tensor that lies in huge pages. Below this malloc does well: it reuses small
-// blocks without giving them back.
+// Bytes of the smallest tensor that lies in huge pages. Below this malloc does well: it reuses
+// small blocks without giving them back.
 inline constexpr int64_t kSmallestPooled = int64_t{1} << 20;
 
 // An uninitialized 4-D tensor on the CPU, contiguous or channels_last.

@@ -11,7 +11,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchweld",
         description="Fused operators for PyTorch.",
-        epilog="TORCHWELD_CPU_CAPABILITY=scalar|avx2|avx512|avx512_vnni forces an instruction set.",
+        epilog="TORCHWELD_CPU_CAPABILITY=scalar|avx2|avx512|avx512_vnni|avx512_bf16 forces an "
+        "instruction set.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="print versions, instruction sets, threads and library paths")

@@ -17,7 +17,7 @@ def info() -> dict[str, str]:
 
     Example:
         >>> import torchweld as tw
-        >>> tw.info()["cpu capability"] in ("scalar", "avx2", "avx512", "avx512_vnni")
+        >>> tw.info()["cpu capability"] .startswith(("scalar", "avx"))
         True
     """
     return {

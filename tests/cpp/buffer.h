@@ -54,4 +54,32 @@ struct Buffer {
   DType dtype;
 };
 
+inline float widen(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// To nearest even; not for NaN.
+inline uint16_t round_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16) % 2) >> 16);
+}
+
+// A buffer of bfloat16 as float32, and back.
+inline Buffer widened(const Buffer& from) {
+  Buffer to(static_cast<int64_t>(from.bytes / 2), DType::float32);
+  for (size_t i = 0; i < from.bytes / 2; ++i) to.as<float>()[i] = widen(from.as<uint16_t>()[i]);
+  return to;
+}
+inline Buffer rounded(const Buffer& from) {
+  Buffer to(static_cast<int64_t>(from.bytes / 4), DType::bfloat16);
+  for (size_t i = 0; i < from.bytes / 4; ++i) {
+    to.as<uint16_t>()[i] = round_to_bfloat16(from.as<float>()[i]);
+  }
+  return to;
+}
+
 }  // namespace torchweld::kernels

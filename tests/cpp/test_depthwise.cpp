@@ -90,7 +90,7 @@ void check_forward(Capability capability, const Case& c, const Data& data, bool 
   if (epilogue) {
     d.epilogue = {data.bias.as<float>(), data.residual.as<float>(), -0.5f, 0.75f};
   }
-  d.input_ahead = {data.input.as<float>(), c.width * c.channels};
+  d.input_ahead = {data.input.as<float>(), c.width * c.channels * 4};
   table(capability).depthwise->forward(d);
 
   int64_t i = 0;
@@ -116,6 +116,50 @@ void check_forward(Capability capability, const Case& c, const Data& data, bool 
       }
     }
   }
+}
+
+// In bfloat16: the same numbers, each rounded once.
+void check_bfloat16(Capability capability, const Case& c) {
+  const int64_t row = c.width * c.channels, size = c.out_height() * c.out_width() * c.channels;
+  const Buffer input(c.height * row, DType::bfloat16, 1, true), input_float = widened(input);
+  const Buffer residual(size, DType::bfloat16, 4, true), residual_float = widened(residual);
+  const Buffer output(size, DType::bfloat16), output_float(size, DType::float32);
+  const Data data(c);
+  std::vector<const float*> rows;
+  std::vector<const BFloat16*> half_rows;
+  for (const float* from : data.rows) {
+    const int64_t offset = from == nullptr ? 0 : from - data.input.as<float>();
+    rows.push_back(from == nullptr ? nullptr : input_float.as<float>() + offset);
+    half_rows.push_back(from == nullptr ? nullptr : input.as<BFloat16>() + offset);
+  }
+  DepthwiseForward d{};
+  d.taps = data.taps;
+  d.taps.input = rows.data();
+  d.weight = data.weight.as<float>();
+  d.output = output_float.as<float>();
+  d.height = c.out_height();
+  d.width = c.out_width();
+  d.output_row = c.out_width() * c.channels;
+  d.output_step = c.channels;
+  d.epilogue = {data.bias.as<float>(), residual_float.as<float>(), -0.5f, 0.75f};
+  table(capability).depthwise->forward(d);
+
+  const DepthwiseTaps& t = d.taps;
+  const DepthwiseForwardOf<BFloat16> half{
+      .taps = {half_rows.data(), t.rows, t.row_step, t.row_tap_step, t.taps, t.step, t.tap_step,
+               t.first, t.width, t.channels},
+      .weight = d.weight,
+      .output = output.as<BFloat16>(),
+      .height = d.height,
+      .width = d.width,
+      .output_row = d.output_row,
+      .output_step = d.output_step,
+      .epilogue = {data.bias.as<float>(), residual.as<BFloat16>(), -0.5f, 0.75f},
+      .input_ahead = {},
+      .output_ahead = {}};
+  table(capability).depthwise->forward_bf16(half);
+  CHECK(output == rounded(output_float), "%s: bfloat16, %ld channels", name(capability),
+        static_cast<long>(c.channels));
 }
 
 void check_weight_gradient(Capability capability, const Case& c, const Data& data) {
@@ -161,6 +205,7 @@ int main() {
     for (Capability capability : available_capabilities()) {
       check_forward(capability, c, data, false);
       check_forward(capability, c, data, true);
+      check_bfloat16(capability, c);
       check_weight_gradient(capability, c, data);
     }
   }

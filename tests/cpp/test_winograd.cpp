@@ -70,6 +70,29 @@ void check_activations(const Image& image, int64_t y, int64_t x, bool epilogue) 
   }
 }
 
+// In bfloat16: the same numbers, each rounded once.
+void check_bfloat16(const Image& image, int64_t y, int64_t x) {
+  constexpr DType kBFloat16 = DType::bfloat16;
+  const Buffer in(image.size(), kBFloat16, 1, true), bias(image.channels, kFloat, 2, true),
+      residual(image.size(), kBFloat16, 3, true), points = points_of(image.channels, 4);
+  const Buffer in_float = widened(in), residual_float = widened(residual);
+  const WinogradWindow window{image.height, image.width, image.pixel(), y, x};
+  for (Capability capability : available_capabilities()) {
+    const WinogradKernels& k = kernels_of(capability);
+    const Buffer gathered = points_of(image.channels, 5), expected = points_of(image.channels, 5);
+    k.input_bf16(in.as<BFloat16>(), window, image.channels, gathered.as<float>(), image.channels);
+    k.input(in_float.as<float>(), window, image.channels, expected.as<float>(), image.channels);
+    CHECK(gathered == expected, "%s: input in bfloat16", name(capability));
+
+    const Buffer output(image.size(), kBFloat16), output_float(image.size(), kFloat);
+    k.output_bf16(points.as<float>(), image.channels, image.channels, output.as<BFloat16>(), window,
+                  {bias.as<float>(), residual.as<BFloat16>(), -0.5f, 0.75f});
+    k.output(points.as<float>(), image.channels, image.channels, output_float.as<float>(), window,
+             {bias.as<float>(), residual_float.as<float>(), -0.5f, 0.75f});
+    CHECK(output == rounded(output_float), "%s: output in bfloat16", name(capability));
+  }
+}
+
 void check_weights(int64_t rows, int64_t columns) {
   const int64_t width = (columns + kPanelGroup - 1) / kPanelGroup * kPanelGroup;
   // A tap's rows lie together in one layout, a row's taps in the other, as turned weights do.
@@ -157,9 +180,11 @@ int main() {
       for (int64_t y = -2; y < size; ++y) {
         for (int64_t x = -2; x < size; x += 3) {
           check_activations({size, size + 1, channels}, y, x, x % 2 == 0);
+          check_bfloat16({size, size + 1, channels}, y, x);
         }
       }
     }
     check_activations({8, 9, channels}, 1, 2, true);  // all of a patch inside
+    check_bfloat16({8, 9, channels}, 1, 2);
   }
 }

@@ -56,6 +56,7 @@ CASES = [
     Case((2, 33, 19, 13), (33, 1, 7, 4), stride=(1, 3), padding=(5, 0), groups=33),
     Case((2, 6, 16, 16), (6, 1, 3, 3), (2, 3), (4, 3), dilation=(2, 2), groups=6),
     Case((1, 3, 1, 2), (3, 1, 3, 5), padding=(1, 2), groups=3),
+    Case((2, 18, 9, 25), (18, 1, 7, 7), padding=(3, 3), groups=18),
 ]
 
 

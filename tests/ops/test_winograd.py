@@ -123,9 +123,12 @@ def test_any_input_errs_by_little_of_the_sum_of_magnitudes(kind, shape, out_chan
         assert (a - e).abs().max() <= 48 * 2.0**-24 * m.max() + underflow
 
 
-@pytest.mark.parametrize(
-    ("shape", "out_channels"), [((4, 64, 56, 56), 64), ((8, 128, 14, 14), 96)], ids=str
-)
+# Of few channels, summed by tasks with sums of their own, in one group of images and in several;
+# of many, by point.
+MANY_PIXELS = [((16, 20, 30, 31), 37), ((4, 64, 56, 56), 64), ((8, 128, 14, 14), 96)]
+
+
+@pytest.mark.parametrize(("shape", "out_channels"), MANY_PIXELS, ids=str)
 def test_weight_gradient_of_many_pixels(shape, out_channels):
     x, weight = problem(shape, out_channels)
     grad = torch.randn(shape[0], out_channels, *shape[2:])
@@ -135,3 +138,19 @@ def test_weight_gradient_of_many_pixels(shape, out_channels):
     for a, s, e in zip(actual, stock, exact, strict=True):
         assert rms(a - e) <= 5 * rms(s - e)
         assert rms(a - e) <= 2e-6 * rms(e)
+
+
+@pytest.mark.parametrize(("shape", "out_channels"), MANY_PIXELS, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(shape, out_channels):
+    x, weight = problem(shape, out_channels)
+    grad = torch.randn(shape[0], out_channels, *shape[2:])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append((*winograd(x, weight), *gradients(grad, x, weight)))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)

@@ -12,10 +12,10 @@ TORCHWELD_API const char* version();
 // Lowest torch release whose Stable ABI the library is built for, "major.minor".
 TORCHWELD_API const char* torch_abi_target();
 
-// Instruction set the kernels run with: "scalar", "avx2", "avx512" or "avx512_vnni". Chosen once,
-// on first use, as the best this CPU and operating system support, or the one
-// TORCHWELD_CPU_CAPABILITY names. Throws std::runtime_error when that variable names an unknown or
-// unsupported one.
+// Instruction set the kernels run with: "scalar", "avx2", "avx512", "avx512_vnni" or
+// "avx512_bf16". Chosen once, on first use, as the best this CPU and operating system support, or
+// the one TORCHWELD_CPU_CAPABILITY names. Throws std::runtime_error when that variable names an
+// unknown or unsupported one.
 TORCHWELD_API const char* cpu_capability();
 
 // Comma-separated instruction sets this build holds and this machine can run, best first.

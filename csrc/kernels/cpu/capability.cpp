@@ -11,7 +11,8 @@
 namespace torchweld::kernels {
 namespace {
 
-constexpr const char* kNames[kCapabilityCount] = {"scalar", "avx2", "avx512", "avx512_vnni"};
+constexpr const char* kNames[kCapabilityCount] = {"scalar", "avx2", "avx512", "avx512_vnni",
+                                                  "avx512_bf16"};
 
 #if defined(__x86_64__)
 constexpr bool has_all(unsigned value, unsigned bits) { return (value & bits) == bits; }
@@ -58,7 +59,10 @@ Capability detect_capability() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return Capability::scalar;
   constexpr unsigned avx512 = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
   if (!has_all(b, avx512) || !has_all(state, 0xe6)) return Capability::avx2;  // and opmask, ZMM
-  return (c & bit_AVX512VNNI) ? Capability::avx512_vnni : Capability::avx512;
+  if (!(c & bit_AVX512VNNI)) return Capability::avx512;
+  const unsigned subleaves = a;
+  if (subleaves < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return Capability::avx512_vnni;
+  return (a & bit_AVX512BF16) ? Capability::avx512_bf16 : Capability::avx512_vnni;
 #else
   return Capability::scalar;
 #endif

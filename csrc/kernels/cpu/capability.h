@@ -6,8 +6,8 @@
 namespace torchweld::kernels {
 
 // In ascending order: each one includes those before it.
-enum class Capability { scalar, avx2, avx512, avx512_vnni };
-inline constexpr std::size_t kCapabilityCount = 4;
+enum class Capability { scalar, avx2, avx512, avx512_vnni, avx512_bf16 };
+inline constexpr std::size_t kCapabilityCount = 5;
 
 // The name users write in TORCHWELD_CPU_CAPABILITY.
 const char* name(Capability capability);

@@ -25,7 +25,7 @@ class Ahead {
  public:
   Ahead(const DepthwiseAhead& ahead, int64_t tiles)
       : next_((const char*)ahead.data),
-        left_(ahead.size * (int64_t)sizeof(float)),
+        left_(ahead.size),
         portion_((left_ / (tiles > 0 ? tiles : 1) / 64 + 1) * 64) {}
 
   template <bool kWrite>
@@ -74,22 +74,22 @@ inline VecF in_register(VecF value) {
 
 // --- forward -------------------------------------------------------------------------------------
 // A store may change anything, so what the loops need of `e` is copied first.
-template <int kPixels, class P>
-__attribute__((always_inline)) inline void finish(const Epilogue& e, VecF (&sums)[kPixels],
+template <int kPixels, class T, class P>
+__attribute__((always_inline)) inline void finish(const EpilogueOf<T>& e, VecF (&sums)[kPixels],
                                                   int64_t offset, int64_t step, int64_t c,
-                                                  float* output, P part) {
+                                                  T* output, P part) {
   if (e.bias != nullptr) {
     const VecF bias = load(e.bias + c, part);
 #pragma GCC unroll 16
     for (int t = 0; t < kPixels; ++t) sums[t] += bias;
   }
   if (e.residual != nullptr) {
-    const float* residual = e.residual + offset;
+    const T* residual = e.residual + offset;
 #pragma GCC unroll 16
     for (int t = 0; t < kPixels; ++t, residual += step) sums[t] += load(residual, part);
   }
   const VecF low = broadcast<VecF>(e.low), high = broadcast<VecF>(e.high);
-  float* to = output + offset;
+  T* to = output + offset;
 #pragma GCC unroll 16
   for (int t = 0; t < kPixels; ++t, to += step) {
     VecF value = sums[t];
@@ -101,10 +101,10 @@ __attribute__((always_inline)) inline void finish(const Epilogue& e, VecF (&sums
 
 // kPixels outputs of row p from pixel q on, of the channels from c on. kTaps and kStep are zero
 // where they are not known before the call. Unless kInside, taps outside the row are left out.
-template <int kPixels, int kTaps, int kStep, bool kInside, class P>
-__attribute__((noinline)) void tile(const DepthwiseForward& d, int64_t c, int64_t p, int64_t q,
+template <int kPixels, int kTaps, int kStep, bool kInside, class T, class P>
+__attribute__((noinline)) void tile(const DepthwiseForwardOf<T>& d, int64_t c, int64_t p, int64_t q,
                                     P part) {
-  const DepthwiseTaps& taps = d.taps;
+  const DepthwiseTapsOf<T>& taps = d.taps;
   const int64_t channels = taps.channels;
   const int64_t from = taps.first + q * (kStep > 0 ? kStep : taps.step);
   const auto inside = [&](int64_t pixel) {
@@ -116,16 +116,16 @@ __attribute__((noinline)) void tile(const DepthwiseForward& d, int64_t c, int64_
 
   const float* w = d.weight + c / kDepthwiseGroup * kDepthwiseGroup * taps.rows * taps.taps +
                    c % kDepthwiseGroup;
-  const float* const* input = taps.input + p * taps.row_step;
+  const T* const* input = taps.input + p * taps.row_step;
   for (int64_t r = 0; r < taps.rows; ++r, w += taps.taps * kDepthwiseGroup) {
-    const float* row = input[r * taps.row_tap_step];
+    const T* row = input[r * taps.row_tap_step];
     if (row == nullptr) continue;
     if constexpr (kTaps > 0) {
       VecF weights[kTaps];
 #pragma GCC unroll 8
       for (int s = 0; s < kTaps; ++s) weights[s] = load(w + s * kDepthwiseGroup);
       // Every input pixel is loaded once and meets all the outputs it has a part in.
-      const float* x = row + from * channels + c;
+      const T* x = row + from * channels + c;
 #pragma GCC unroll 48
       for (int j = 0; j < (kPixels - 1) * kStep + kTaps; ++j, x += channels) {
         if (!inside(from + j)) continue;
@@ -155,8 +155,8 @@ __attribute__((noinline)) void tile(const DepthwiseForward& d, int64_t c, int64_
 }
 
 // Tiles of kPixels from pixel q on.
-template <int kPixels, int kTaps, int kStep, class P>
-int64_t tiles(const DepthwiseForward& d, int64_t c, int64_t p, int64_t q, P part, Ahead& input,
+template <int kPixels, int kTaps, int kStep, class T, class P>
+int64_t tiles(const DepthwiseForwardOf<T>& d, int64_t c, int64_t p, int64_t q, P part, Ahead& input,
               Ahead& output) {
   constexpr bool kWorthwhile = kTaps > 0 && kPixels >= 7;
   for (; q + kPixels <= d.width; q += kPixels) {
@@ -174,8 +174,8 @@ int64_t tiles(const DepthwiseForward& d, int64_t c, int64_t p, int64_t q, P part
   return q;
 }
 
-template <int kTaps, int kStep>
-void forward_rows(const DepthwiseForward& d) {
+template <int kTaps, int kStep, class T>
+void forward_rows(const DepthwiseForwardOf<T>& d) {
   const int64_t count =
       d.height * registers(d.taps.channels) * ((d.width + kWidestTile - 1) / kWidestTile);
   Ahead input(d.input_ahead, count), output(d.output_ahead, count);
@@ -190,7 +190,8 @@ void forward_rows(const DepthwiseForward& d) {
   });
 }
 
-void forward(const DepthwiseForward& d) {
+template <class T>
+void forward(const DepthwiseForwardOf<T>& d) {
   const auto is = [&](int64_t taps, int64_t step) {
     return d.taps.taps == taps && d.taps.step == step && (d.taps.tap_step == 1 || taps == 1);
   };
@@ -198,6 +199,7 @@ void forward(const DepthwiseForward& d) {
   if (is(3, 2)) return forward_rows<3, 2>(d);
   if (is(5, 1)) return forward_rows<5, 1>(d);
   if (is(5, 2)) return forward_rows<5, 2>(d);
+  if (is(7, 1)) return forward_rows<7, 1>(d);
   // Those of a gradient with stride 2.
   if (is(1, 1)) return forward_rows<1, 1>(d);
   if (is(2, 1)) return forward_rows<2, 1>(d);
@@ -344,6 +346,10 @@ void flush(float* sums, double* totals, int64_t size) {
 
 extern const DepthwiseKernels depthwise;
 const DepthwiseKernels depthwise{
-    .forward = forward, .weight_gradient = weight_gradient, .flush = flush};
+    .forward = forward<float>,
+    .forward_bf16 = forward<BFloat16>,
+    .weight_gradient = weight_gradient,
+    .flush = flush,
+};
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

@@ -26,6 +26,16 @@ TORCHWELD_DECLARE_ISA(scalar)
 TORCHWELD_DECLARE_ISA(avx2)
 TORCHWELD_DECLARE_ISA(avx512)
 TORCHWELD_DECLARE_ISA(avx512_vnni)
+
+namespace torchweld::kernels::avx512_bf16 {
+extern const GemmBF16Kernels gemm_bf16;
+// No other kernel gains from it.
+inline constexpr KernelTable table = [] {
+  KernelTable table = avx512_vnni::table;
+  table.gemm_bf16 = &gemm_bf16;
+  return table;
+}();
+}  // namespace torchweld::kernels::avx512_bf16
 #endif
 
 namespace torchweld::kernels {
@@ -33,6 +43,8 @@ namespace torchweld::kernels {
 const KernelTable& table(Capability capability) {
   switch (capability) {
 #if defined(__x86_64__)
+    case Capability::avx512_bf16:
+      return avx512_bf16::table;
     case Capability::avx512_vnni:
       return avx512_vnni::table;
     case Capability::avx512:

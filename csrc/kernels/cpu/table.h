@@ -6,6 +6,7 @@
 #include "kernels/cpu/capability.h"
 #include "kernels/depthwise.h"
 #include "kernels/gemm.h"
+#include "kernels/gemm_bf16.h"
 #include "kernels/quantized_linear.h"
 #include "kernels/winograd.h"
 
@@ -18,6 +19,7 @@ struct KernelTable {
   const GemmKernels* gemm;
   const QuantizedLinearKernels* quantized_linear;
   const WinogradKernels* winograd;
+  const GemmBF16Kernels* gemm_bf16 = nullptr;  // where there are instructions for it
 };
 
 // The kernels compiled for an instruction set. Call only one this machine can run.

@@ -298,6 +298,14 @@ inline VecF load_partial(const float* p, int64_t count) {
 inline void store_partial(float* p, VecF v, int64_t count) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
 }
+inline VecF load_partial(const BFloat16* p, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+  return to_float((VecU16)bits, BFloat16{});
+}
+inline void store_partial(BFloat16* p, VecF v, int64_t count) {
+  const __m256i bits = (__m256i)from_float(v, BFloat16{});
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), bits);
+}
 #elif defined(__AVX2__)
 inline __m256i first_lanes(int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -16,6 +16,9 @@ __attribute__((always_inline)) inline VecF constant(double value) {
   return broadcast<VecF>((float)value);
 }
 
+// Half transformed values beyond this many do not fit into registers.
+inline constexpr int kRegisters = 24;
+
 // Each struct is one constant matrix: kTo values from kFrom.
 struct Input {  // B^T
   static constexpr int kFrom = 6, kTo = 6;
@@ -124,7 +127,7 @@ __attribute__((always_inline)) inline void transform(const Load& load, const Sto
   }
 }
 
-// The same by parts of M, of two rows each: what they read is read again.
+// The same by parts of M, of two rows each: to read again costs less than to put away.
 template <class M, int kPart = 0, class Load, class Store>
 __attribute__((always_inline)) inline void transform_parts(const Load& load, const Store& store) {
   VecF half[2][M::kFrom];
@@ -149,38 +152,31 @@ __attribute__((always_inline)) inline void transform_parts(const Load& load, con
 // Channels between two looks at which pixels of a window lie outside its image.
 inline constexpr int64_t kChunk = 64;
 
-// f(first channel, Whole or Part).
-template <class F>
-__attribute__((always_inline)) inline void for_channels(int64_t channels, const F& f) {
-  int64_t c = 0;
-  for (; c + kLanesF <= channels; c += kLanesF) f(c, Whole{});
-  if (c < channels) f(c, Part{channels - c});
-}
-
-// f(first channel, channels) by chunks.
-template <class F>
-__attribute__((always_inline)) inline void for_chunks(int64_t channels, const F& f) {
-  for (int64_t c = 0; c < channels; c += kChunk) {
-    f(c, channels - c < kChunk ? channels - c : kChunk);
+// f(i, j, floats from the image's first pixel, whether it is inside) for the pixels of a window.
+template <int kSize, class F>
+__attribute__((always_inline)) inline void for_each_pixel(const WinogradWindow& w, const F& f) {
+  const int64_t line = w.width * w.pixel;
+  int64_t first = w.y * line + w.x * w.pixel;
+#pragma GCC unroll 6
+  for (int i = 0; i < kSize; ++i, first += line) {
+    // Below zero is far above as an unsigned number.
+    const bool row = (uint64_t)(w.y + i) < (uint64_t)w.height;
+#pragma GCC unroll 6
+    for (int j = 0; j < kSize; ++j) {
+      const bool column = (uint64_t)(w.x + j) < (uint64_t)w.width;
+      f(i, j, first + j * w.pixel, row & column);
+    }
   }
 }
 
-bool inside(const WinogradWindow& w, int64_t i, int64_t j) {
-  const int64_t y = w.y + i, x = w.x + j;
-  return y >= 0 && y < w.height && x >= 0 && x < w.width;
-}
-
-// Floats from the image's first pixel to a window's, and from one of its lines to the next.
-int64_t line_of(const WinogradWindow& w) { return w.width * w.pixel; }
-int64_t first_of(const WinogradWindow& w) { return w.y * line_of(w) + w.x * w.pixel; }
-
-template <class M>
+// Where the pixels of a window lie, or zeros for those outside.
+template <class M, class T>
 struct Patch {
-  const float* pixels[M::kFrom][M::kFrom];
+  const T* pixels[M::kFrom][M::kFrom];
 };
 
-template <class M, class P>
-__attribute__((always_inline)) inline void gather(const Patch<M>& patch, int64_t c, P part,
+template <class M, class T, class P>
+__attribute__((always_inline)) inline void gather(const Patch<M, T>& patch, int64_t c, P part,
                                                   float* points, int64_t point) {
   const auto load_at = [&](int i, int j) __attribute__((always_inline)) {
     return load(patch.pixels[i][j] + c, part);
@@ -190,55 +186,56 @@ __attribute__((always_inline)) inline void gather(const Patch<M>& patch, int64_t
 #pragma GCC unroll 6
     for (int j = 0; j < M::kTo; ++j, to += point) store(to, row[j], part);
   };
-  if constexpr (M::kTo * M::kFrom > 24) {
+  if constexpr (M::kTo * M::kFrom > kRegisters) {
     transform_parts<M>(load_at, store_row);
   } else {
     transform<M>(load_at, store_row);
   }
 }
 
-__attribute__((always_inline)) inline void prefetch_below(const float* below, int64_t line, int64_t pixel) {
+// A square of kWinogradTile pixels: what the window below will be the first to read.
+template <class T>
+__attribute__((always_inline)) inline void prefetch_tile(const T* tile, int64_t line,
+                                                         int64_t pixel) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i, below += line) {
-    const float* at = below;
+  for (int i = 0; i < kWinogradTile; ++i, tile += line) {
+    const T* at = tile;
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j, at += pixel) __builtin_prefetch(at, 0, 2);
+    for (int j = 0; j < kWinogradTile; ++j, at += pixel) __builtin_prefetch(at, 0, 2);
   }
 }
 
-template <class M>
-void gather(const float* image, const WinogradWindow& window, int64_t channels, float* points,
+template <class M, class T>
+void gather(const T* image, const WinogradWindow& window, int64_t channels, float* points,
             int64_t point) {
-  static const float zeros[kChunk] __attribute__((aligned(64))) = {};
-  const int64_t line = line_of(window), first = first_of(window), pixel = window.pixel;
+  static const T zeros[kChunk] __attribute__((aligned(64))) = {};
+  const int64_t pixel = window.pixel, line = window.width * pixel;
+  const T* below = image + (window.y + M::kFrom) * line + window.x * pixel;
   for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
     const int64_t size = channels - chunk < kChunk ? channels - chunk : kChunk;
-    Patch<M> patch;
-    for (int i = 0; i < M::kFrom; ++i) {
-      for (int j = 0; j < M::kFrom; ++j) {
-        const int64_t at = first + i * line + j * pixel + chunk;
-        patch.pixels[i][j] = inside(window, i, j) ? image + at : zeros;
-      }
-    }
-    // What the window below will read for the first time.
-    const float* below = image + first + M::kFrom * line + chunk;
+    Patch<M, T> patch;
+    for_each_pixel<M::kFrom>(window, [&](int i, int j, int64_t at, bool is_inside) {
+      patch.pixels[i][j] = is_inside ? image + chunk + at : zeros;
+    });
     int64_t c = 0;
     for (; c + kLanesF <= size; c += kLanesF) {
-      prefetch_below(below + c, line, pixel);
+      prefetch_tile(below + chunk + c, line, pixel);
       gather<M>(patch, c, Whole{}, points + chunk + c, point);
     }
     if (c < size) gather<M>(patch, c, Part{size - c}, points + chunk + c, point);
   }
 }
 
+// Where the pixels of a tile go; those outside the image nowhere.
+template <class T>
 struct Places {
-  float* pixels[Output::kTo][Output::kTo];
-  const float* residual[Output::kTo][Output::kTo];
+  T* pixels[Output::kTo][Output::kTo];
+  const T* residual[Output::kTo][Output::kTo];
 };
 
-template <bool kResidual, class P>
+template <bool kResidual, class T, class P>
 __attribute__((always_inline)) inline void scatter(const float* points, int64_t point,
-                                                   const Places& places, int64_t c, P part,
+                                                   const Places<T>& places, int64_t c, P part,
                                                    VecF bias, VecF low, VecF high, int64_t ahead) {
   transform<Output>(
       [=](int i, int j) __attribute__((always_inline)) {
@@ -247,7 +244,7 @@ __attribute__((always_inline)) inline void scatter(const float* points, int64_t 
       [&](int i, const VecF* row) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < Output::kTo; ++j) {
-          float* to = places.pixels[i][j] + c;
+          T* to = places.pixels[i][j] + c;
           __builtin_prefetch(to + ahead, 1);
           VecF v = row[j] + bias;
           if (kResidual) v += load(places.residual[i][j] + c, part);
@@ -258,40 +255,37 @@ __attribute__((always_inline)) inline void scatter(const float* points, int64_t 
       });
 }
 
-template <bool kResidual>
-void scatter(const float* points, int64_t point, int64_t channels, float* image,
-             const WinogradWindow& window, const Epilogue& epilogue) {
-  const int64_t line = line_of(window), first = first_of(window), pixel = window.pixel;
+template <bool kResidual, class T>
+void scatter(const float* points, int64_t point, int64_t channels, T* image,
+             const WinogradWindow& window, const EpilogueOf<T>& epilogue) {
   const VecF low = broadcast<VecF>(epilogue.low), high = broadcast<VecF>(epilogue.high);
   const float* bias = epilogue.bias;
+  // The window after the next in a row.
+  const int64_t ahead = 2 * kWinogradTile * window.pixel;
   for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
     const int64_t size = channels - chunk < kChunk ? channels - chunk : kChunk;
-    Places places;
-    float nowhere[kChunk];
-    for (int i = 0; i < Output::kTo; ++i) {
-      for (int j = 0; j < Output::kTo; ++j) {
-        const int64_t at = first + i * line + j * pixel + chunk;
-        const bool is_inside = inside(window, i, j);
-        places.pixels[i][j] = is_inside ? image + at : nowhere;
-        if (kResidual) places.residual[i][j] = is_inside ? epilogue.residual + at : nowhere;
-      }
-    }
+    Places<T> places;
+    T nowhere[kChunk];
+    for_each_pixel<Output::kTo>(window, [&](int i, int j, int64_t at, bool is_inside) {
+      places.pixels[i][j] = is_inside ? image + chunk + at : nowhere;
+      if (kResidual) places.residual[i][j] = is_inside ? epilogue.residual + chunk + at : nowhere;
+    });
     int64_t c = 0;
     for (; c + kLanesF <= size; c += kLanesF) {
       scatter<kResidual>(points + chunk + c, point, places, c, Whole{},
-                         bias != nullptr ? load(bias + chunk + c) : VecF{}, low, high, 8 * pixel);
+                         bias != nullptr ? load(bias + chunk + c) : VecF{}, low, high, ahead);
     }
     if (c < size) {
       const Part part{size - c};
       scatter<kResidual>(points + chunk + c, point, places, c, part,
-                         bias != nullptr ? load(bias + chunk + c, part) : VecF{}, low, high,
-                         8 * pixel);
+                         bias != nullptr ? load(bias + chunk + c, part) : VecF{}, low, high, ahead);
     }
   }
 }
 
-void scatter(const float* points, int64_t point, int64_t channels, float* image,
-             const WinogradWindow& window, const Epilogue& epilogue) {
+template <class T>
+void scatter(const float* points, int64_t point, int64_t channels, T* image,
+             const WinogradWindow& window, const EpilogueOf<T>& epilogue) {
   if (epilogue.residual != nullptr) {
     scatter<true>(points, point, channels, image, window, epilogue);
   } else {
@@ -359,9 +353,11 @@ void grad_weight(const float* points, int64_t point, int64_t rows, int64_t colum
 
 extern const WinogradKernels winograd;
 const WinogradKernels winograd{
-    .input = gather<Input>,
-    .grad_output = gather<GradOutput>,
-    .output = scatter,
+    .input = gather<Input, float>,
+    .input_bf16 = gather<Input, BFloat16>,
+    .grad_output = gather<GradOutput, float>,
+    .output = scatter<float>,
+    .output_bf16 = scatter<BFloat16>,
     .weight = weight,
     .grad_weight = grad_weight,
 };

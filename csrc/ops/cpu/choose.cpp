@@ -19,6 +19,13 @@ struct Candidate {
 // Floats of a register.
 int64_t lanes() { return &cpu_kernels() == &kernels::table(kernels::Capability::avx2) ? 8 : 16; }
 
+// ATen's convolutions without instructions for bfloat16 were never compared with ours.
+Rule in_bfloat16(const Rule& wins) {
+  return [wins](const ConvolutionShape& shape, int64_t threads, int64_t lanes) {
+    return cpu_kernels().gemm_bf16 != nullptr && wins(shape, threads, lanes);
+  };
+}
+
 // The first candidate that can and is expected to win, or the one a user forces where it can.
 template <class Can, size_t kCount>
 const ConvolutionAlgorithm* choose(const ConvolutionShape& shape, const Can& can,
@@ -52,10 +59,16 @@ const ConvolutionAlgorithm* choose_folded(const ConvolutionShape& shape, int64_t
     return can(a) && a.packed_size(shape) == packed_size;
   };
   const Rule always = [](const ConvolutionShape&, int64_t, int64_t) { return true; };
-  const ConvolutionAlgorithm* chosen = choose(shape, can,
-                                              {{"depthwise", rule::depthwise_folded},
-                                               {"winograd", rule::winograd_folded},
-                                               {"dense", rule::dense_folded}});
+  const ConvolutionAlgorithm* chosen =
+      shape.dtype == kernels::DType::bfloat16
+          ? choose(shape, can,
+                   {{"depthwise", in_bfloat16(rule::depthwise_folded_bf16)},
+                    {"winograd", in_bfloat16(rule::winograd_folded_bf16)},
+                    {"dense", in_bfloat16(rule::dense_folded_bf16)}})
+          : choose(shape, can,
+                   {{"depthwise", rule::depthwise_folded},
+                    {"winograd", rule::winograd_folded},
+                    {"dense", rule::dense_folded}});
   if (!chosen || packed_size == 0) return chosen;
   // The size says which: where two algorithms pack one weight to the same size, their bytes are the
   // same too.

@@ -69,7 +69,8 @@ Block Plan::block(int64_t index) const {
   return block;
 }
 
-Windows::Windows(const Plan& plan, const float* input) : plan_(plan), input_(input) {
+template <class T>
+Windows<T>::Windows(const Plan& plan, const T* input) : plan_(plan), input_(input) {
   const ConvolutionShape& s = plan.shape();
   const int64_t reach = (s.out_width - 1) * s.stride_width +
                         (s.kernel_width - 1) * s.dilation_width - s.padding_width;
@@ -82,7 +83,8 @@ Windows::Windows(const Plan& plan, const float* input) : plan_(plan), input_(inp
   pointers_.resize(plan.block_rows() * plan.runs());
 }
 
-void Windows::move_to(const Block& block) {
+template <class T>
+void Windows<T>::move_to(const Block& block) {
   const ConvolutionShape& s = plan_.shape();
   const int64_t top = block.row * s.stride_height - s.padding_height;
   const int64_t size = s.width * s.channels;
@@ -93,17 +95,16 @@ void Windows::move_to(const Block& block) {
       if (kept_[h % slots_] == source) continue;
       kept_[h % slots_] = source;
       std::memcpy(rows_.data() + h % slots_ * padded_ + left_ * s.channels, input_ + source * size,
-                  size * sizeof(float));
+                  size * sizeof(T));
     }
   }
 
   const int64_t column = block.column * s.stride_width - s.padding_width + left_;
-  const float** to = pointers_.data();
+  const T** to = pointers_.data();
   for (int64_t row = 0; row < block.rows; ++row) {
     for (int64_t r = 0; r < s.kernel_height; ++r) {
-      const float* from =
-          input_row(block.image, top + row * s.stride_height + r * s.dilation_height) +
-          column * s.channels;
+      const T* from = input_row(block.image, top + row * s.stride_height + r * s.dilation_height) +
+                      column * s.channels;
       for (int64_t k = 0; k < plan_.row_runs(); ++k) {
         *to++ = from + k * s.dilation_width * s.channels;
       }
@@ -111,16 +112,20 @@ void Windows::move_to(const Block& block) {
   }
 }
 
-const float* Windows::input_row(int64_t image, int64_t row) const {
+template <class T>
+const T* Windows<T>::input_row(int64_t image, int64_t row) const {
   const ConvolutionShape& s = plan_.shape();
   if (row < 0 || row >= s.height) return rows_.data() + slots_ * padded_;
   if (slots_ > 0) return rows_.data() + row % slots_ * padded_;
   return input_ + (image * s.height + row) * s.width * s.channels;
 }
 
-void forward_block(const Plan& plan, const Windows& windows, const Block& block,
-                   const float* packed, const Target& target, const kernels::Epilogue& epilogue,
-                   int64_t first, int64_t last) {
+template class Windows<float>;
+template class Windows<BFloat16>;
+
+void forward_block(const Plan& plan, const Windows<float>& windows, const Block& block,
+                   const float* packed, const Target<float>& target,
+                   const kernels::Epilogue& epilogue, int64_t first, int64_t last) {
   const ConvolutionShape& s = plan.shape();
   const int64_t runs = plan.runs(), depth = plan.depth();
   const auto gemm = cpu_kernels().gemm->gemm;
@@ -172,6 +177,41 @@ namespace {
 
 using namespace dense;
 
+template <class T>
+void forward_pass(const ConvolutionShape& shape, const ConvolutionForwardOf<T>& pass) {
+  const int64_t channels = shape.out_channels;
+  const int64_t panels = panels_of(channels);
+  const int64_t share = shape.pixels() * panels / (kTasks / 2);
+  const Plan plan(shape, {.pixels = std::min(std::max(kBlockPixels, kBlockSize / channels),
+                                             std::max(kLeastPixels, share))});
+  const int64_t blocks = plan.blocks();
+  if (pass.moments != nullptr) pass.moments->start(blocks, channels);
+  if (blocks == 0) return;
+  const int64_t row = plan.shape().out_width * channels;
+  const Target<T> target{pass.output, plan.shape().out_height * row, row, channels};
+  const int64_t group = even_part(panels, panels * blocks / kTasks);
+  const int64_t groups = divide_up(panels, group), tasks = blocks * groups;
+  const int64_t size = shape.pixels() * shape.weights() / tasks;
+  parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
+               [&](int64_t begin, int64_t end) {
+                 Windows<T> windows(plan, pass.input);
+                 for (int64_t task = begin; task < end; ++task) {
+                   const Block block = plan.block(task / groups);
+                   const int64_t first = task % groups * group;
+                   const int64_t last = std::min(panels, first + group);
+                   windows.move_to(block);
+                   forward_block(plan, windows, block, pass.packed, target, pass.epilogue, first,
+                                 last);
+                   if constexpr (std::is_same_v<T, float>) {
+                     if (pass.moments == nullptr) continue;
+                     const int64_t c = first * kPanel;
+                     pass.moments->add(task / groups, target.at(block) + c, block.pixels(),
+                                       channels, c, std::min(channels, last * kPanel) - c);
+                   }
+                 }
+               });
+}
+
 // Where a kernel reaches farther than the image, the window of padded rows would be mostly zeros.
 bool is_dilated_beyond_image(const ConvolutionShape& s) {
   return (s.dilation_height > 1 && s.dilation_height * (s.kernel_height - 1) >= s.height) ||
@@ -183,7 +223,8 @@ class DenseConvolution final : public ConvolutionAlgorithm {
   const char* name() const override { return "dense"; }
 
   bool can_forward(const ConvolutionShape& s) const override {
-    return s.groups == 1 && !is_dilated_beyond_image(s);
+    return s.groups == 1 && !is_dilated_beyond_image(s) &&
+           (s.dtype == kernels::DType::float32 || cpu_kernels().gemm_bf16 != nullptr);
   }
 
   bool can_backward(const ConvolutionShape& s, bool input, bool) const override {
@@ -193,7 +234,7 @@ class DenseConvolution final : public ConvolutionAlgorithm {
   }
 
   int64_t packed_size(const ConvolutionShape& s) const override {
-    return dense::packed_size(s.out_channels, s.weights() / s.out_channels);
+    return dense::packed_size(s.out_channels, Plan(s, {.pixels = 1}).packed_steps());
   }
 
   void pack(const ConvolutionShape& s, const float* weight, float* packed) const override {
@@ -207,37 +248,16 @@ class DenseConvolution final : public ConvolutionAlgorithm {
       }
     });
   }
+  void pack(const ConvolutionShape& s, const BFloat16* weight, float* packed) const override {
+    dense::pack(Plan(s, {.pixels = 1}), weight, packed);
+  }
 
   void forward(const ConvolutionShape& shape, const ConvolutionForward& pass) const override {
-    const int64_t channels = shape.out_channels;
-    const int64_t panels = panels_of(channels);
-    const int64_t share = shape.pixels() * panels / (kTasks / 2);
-    const Plan plan(shape, {.pixels = std::min(std::max(kBlockPixels, kBlockSize / channels),
-                                               std::max(kLeastPixels, share))});
-    const int64_t blocks = plan.blocks();
-    if (pass.moments != nullptr) pass.moments->start(blocks, channels);
-    if (blocks == 0) return;
-    const int64_t row = plan.shape().out_width * channels;
-    const Target target{pass.output, plan.shape().out_height * row, row, channels};
-    const int64_t group = even_part(panels, panels * blocks / kTasks);
-    const int64_t groups = divide_up(panels, group), tasks = blocks * groups;
-    const int64_t size = shape.pixels() * shape.weights() / tasks;
-    parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
-                 [&](int64_t begin, int64_t end) {
-                   Windows windows(plan, pass.input);
-                   for (int64_t task = begin; task < end; ++task) {
-                     const Block block = plan.block(task / groups);
-                     const int64_t first = task % groups * group;
-                     const int64_t last = std::min(panels, first + group);
-                     windows.move_to(block);
-                     forward_block(plan, windows, block, pass.packed, target, pass.epilogue, first,
-                                   last);
-                     if (pass.moments == nullptr) continue;
-                     const int64_t c = first * kPanel;
-                     pass.moments->add(task / groups, target.at(block) + c, block.pixels(),
-                                       channels, c, std::min(channels, last * kPanel) - c);
-                   }
-                 });
+    forward_pass(shape, pass);
+  }
+  void forward(const ConvolutionShape& shape,
+               const ConvolutionForwardOf<BFloat16>& pass) const override {
+    forward_pass(shape, pass);
   }
 
   void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) const override {

@@ -9,6 +9,7 @@
 
 namespace torchweld::ops::dense {
 
+
 // Consecutive output pixels of one image: some whole rows, or a part of one row.
 struct Block {
   int64_t image;
@@ -65,6 +66,10 @@ class Plan {
   int64_t row_runs() const { return shape_.dilation_width == 1 ? 1 : shape_.kernel_width; }
   int64_t depth() const { return shape_.kernel_width / row_runs() * shape_.channels; }
   int64_t steps() const { return runs() * depth(); }
+  // Floats of a packed column: in bfloat16 two steps of a run share one.
+  int64_t packed_steps() const {
+    return shape_.dtype == kernels::DType::bfloat16 ? runs() * divide_up(depth(), 2) : steps();
+  }
 
  private:
   ConvolutionShape shape_;
@@ -75,42 +80,49 @@ class Plan {
 
 // The input as output rows read it: in place where no padding is read left and right, else through
 // zero-padded copies of the rows last used.
+template <class T>
 class Windows {
  public:
-  Windows(const Plan& plan, const float* input);
+  Windows(const Plan& plan, const T* input);
 
   // Makes the rows a block reads ready.
   void move_to(const Block& block);
   // A pointer per run for every row of the block last moved to: [row][run].
-  const float* const* pointers() const { return pointers_.data(); }
+  const T* const* pointers() const { return pointers_.data(); }
 
  private:
-  const float* input_row(int64_t image, int64_t row) const;
+  const T* input_row(int64_t image, int64_t row) const;
 
   const Plan& plan_;
-  const float* input_;
+  const T* input_;
   int64_t left_;               // pixels of padding before a copied row
-  int64_t padded_;             // floats of a row with its padding
+  int64_t padded_;             // values of a row with its padding
   int64_t slots_ = 0;          // copies kept, row h in slot h % slots_
-  std::vector<float> rows_;    // and a row of zeros
+  std::vector<T> rows_;        // and a row of zeros
   std::vector<int64_t> kept_;  // which row of the batch a slot holds
-  std::vector<const float*> pointers_;
+  std::vector<const T*> pointers_;
 };
 
-// Where an output goes: floats from one image, row and pixel to the next.
+// Where an output goes: values from one image, row and pixel to the next.
+template <class T>
 struct Target {
-  float* data;
+  T* data;
   int64_t image, row, pixel;
 
-  float* at(const Block& block) const {
+  T* at(const Block& block) const {
     return data + block.image * image + block.row * row + block.column * pixel;
   }
 };
 
 // Computes panels [first, last) of the block that `windows` was moved to.
-void forward_block(const Plan& plan, const Windows& windows, const Block& block,
-                   const float* packed, const Target& target, const kernels::Epilogue& epilogue,
-                   int64_t first, int64_t last);
+void forward_block(const Plan& plan, const Windows<float>& windows, const Block& block,
+                   const float* packed, const Target<float>& target,
+                   const kernels::Epilogue& epilogue, int64_t first, int64_t last);
+void forward_block(const Plan& plan, const Windows<BFloat16>& windows, const Block& block,
+                   const float* packed, const Target<BFloat16>& target,
+                   const kernels::EpilogueOf<BFloat16>& epilogue, int64_t first, int64_t last);
+
+void pack(const Plan& plan, const BFloat16* weight, float* packed);
 
 void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass);
 

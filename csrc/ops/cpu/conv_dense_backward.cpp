@@ -77,7 +77,7 @@ class InputGradient {
     }
     const int64_t wish = std::max(kMinPixels, (1 << 14) / shape.out_channels);
     const Plan plan(shape, {.pixels = wish, .regroup = !strided_});
-    Target target = target_;
+    Target<float> target = target_;
     target.data = grad_input + offset_;
     Windows windows(plan, gradient);
     for (int64_t i = 0; i < plan.blocks(); ++i) {
@@ -114,12 +114,12 @@ class InputGradient {
   ConvolutionShape shape_;
   int64_t offset_;
   bool strided_;
-  Target target_;
+  Target<float> target_;
   Scratch packed_;
 };
 
 // Adds a block's part to a partial weight gradient [run][depth][out_channels], or starts it.
-void weight_gradient(const Plan& plan, const Windows& windows, const Block& block,
+void weight_gradient(const Plan& plan, const Windows<float>& windows, const Block& block,
                      const float* gradient, float* partial, bool start) {
   const ConvolutionShape& s = plan.shape();
   const auto gemm = cpu_kernels().gemm->gemm;
@@ -225,8 +225,8 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
   Scratch partials(want_weight ? tasks * weights : 0);
   const InputGradients input = want_input ? InputGradients(s, pass.weight) : InputGradients();
 
-  const auto run_chunk = [&](int64_t chunk, Windows& windows, float* gradient, float* partial,
-                             bool start) {
+  const auto run_chunk = [&](int64_t chunk, Windows<float>& windows, float* gradient,
+                             float* partial, bool start) {
     const Block first = chunks.first_block(chunk);
     const int64_t pixel = plan.first_pixel(first), pixels = chunks.pixels(first);
     pass.grad_output(pixel, pixels, gradient);

@@ -11,7 +11,8 @@ namespace {
 
 using kernels::DepthwiseAhead;
 using kernels::DepthwiseForward;
-using kernels::DepthwiseTaps;
+using kernels::DepthwiseForwardOf;
+using kernels::DepthwiseTapsOf;
 using kernels::DepthwiseWeightGradient;
 using kernels::kDepthwiseGroup;
 
@@ -35,9 +36,10 @@ int64_t rows_per_block(const Shape& s, int64_t others) {
 }
 
 // The taps of output rows from `first` on meet these input rows.
+template <class T>
 class InputRows {
  public:
-  InputRows(const Shape& s, const float* input, int64_t image, int64_t first, int64_t count)
+  InputRows(const Shape& s, const T* input, int64_t image, int64_t first, int64_t count)
       : rows_((count - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1) {
     for (size_t i = 0; i < rows_.size(); ++i) {
       const int64_t h = first * s.stride_height - s.padding_height + static_cast<int64_t>(i);
@@ -46,7 +48,7 @@ class InputRows {
     }
   }
 
-  DepthwiseTaps taps(const Shape& s) const {
+  DepthwiseTapsOf<T> taps(const Shape& s) const {
     return {.input = rows_.data(),
             .rows = s.kernel_height,
             .row_step = s.stride_height,
@@ -60,28 +62,33 @@ class InputRows {
   }
 
  private:
-  std::vector<const float*> rows_;
+  std::vector<const T*> rows_;
 };
 
 // What output rows [first, first + count) read that the rows before them did not.
-DepthwiseAhead input_of(const Shape& s, const float* input, int64_t image, int64_t first,
+template <class T>
+DepthwiseAhead input_of(const Shape& s, const T* input, int64_t image, int64_t first,
                         int64_t count) {
   const int64_t begin =
       first * s.stride_height - s.padding_height + (s.kernel_height - 1) * s.dilation_height;
   const int64_t end = s.batch * s.height;
   const int64_t from = std::clamp<int64_t>(image * s.height + begin, 0, end);
   const int64_t rows = std::min(count * s.stride_height, end - from);
-  return {input + from * input_row(s), rows * input_row(s)};
+  return {input + from * input_row(s), rows * input_row(s) * static_cast<int64_t>(sizeof(T))};
 }
 
 // --- forward -------------------------------------------------------------------------------------
-void forward_block(const Shape& s, const ConvolutionForward& pass, int64_t image, int64_t first,
-                   int64_t count) {
+void run(const DepthwiseForward& d) { cpu_kernels().depthwise->forward(d); }
+void run(const DepthwiseForwardOf<BFloat16>& d) { cpu_kernels().depthwise->forward_bf16(d); }
+
+template <class T>
+void forward_block(const Shape& s, const ConvolutionForwardOf<T>& pass, int64_t image,
+                   int64_t first, int64_t count) {
   const InputRows rows(s, pass.input, image, first, count);
   const int64_t begin = (image * s.out_height + first) * output_row(s);
   const int64_t next = begin + count * output_row(s);
   const int64_t end = s.batch * s.out_height * output_row(s);
-  DepthwiseForward d{};
+  DepthwiseForwardOf<T> d{};
   d.taps = rows.taps(s);
   d.weight = pass.packed;
   d.output = pass.output + begin;
@@ -92,11 +99,13 @@ void forward_block(const Shape& s, const ConvolutionForward& pass, int64_t image
   d.epilogue = pass.epilogue;
   if (d.epilogue.residual) d.epilogue.residual += begin;
   d.input_ahead = input_of(s, pass.input, image, first + count, count);
-  d.output_ahead = {pass.output + next, std::min(next - begin, end - next)};
-  cpu_kernels().depthwise->forward(d);
+  d.output_ahead = {pass.output + next,
+                    std::min(next - begin, end - next) * static_cast<int64_t>(sizeof(T))};
+  run(d);
 }
 
-void forward_pass(const Shape& s, const ConvolutionForward& pass) {
+template <class T>
+void forward_pass(const Shape& s, const ConvolutionForwardOf<T>& pass) {
   const int64_t fit = rows_per_block(s, s.stride_height * input_row(s));
   const int64_t share = divide_up(s.batch * s.out_height, kBlocks);
   const int64_t blocks = divide_up(s.out_height, std::min(fit, share));
@@ -108,7 +117,8 @@ void forward_pass(const Shape& s, const ConvolutionForward& pass) {
       const int64_t image = task / blocks, first = task % blocks * rows;
       const int64_t count = std::min(rows, s.out_height - first);
       forward_block(s, pass, image, first, count);
-      if (pass.moments) {
+      if constexpr (std::is_same_v<T, float>) {
+        if (!pass.moments) continue;
         const float* out = pass.output + (image * s.out_height + first) * output_row(s);
         pass.moments->add(task, out, count * s.out_width, s.channels, 0, s.channels);
       }
@@ -380,6 +390,7 @@ class Depthwise final : public ConvolutionAlgorithm {
 
   int64_t packed_size(const Shape& s) const override { return ops::packed_size(s); }
 
+  using ConvolutionAlgorithm::pack;
   void pack(const Shape& s, const float* weight, float* packed) const override {
     for (int64_t c = 0; c < groups(s) * kDepthwiseGroup; ++c) {
       float* to = packed + c / kDepthwiseGroup * taps(s) * kDepthwiseGroup + c % kDepthwiseGroup;
@@ -390,6 +401,9 @@ class Depthwise final : public ConvolutionAlgorithm {
   }
 
   void forward(const Shape& shape, const ConvolutionForward& pass) const override {
+    forward_pass(shape, pass);
+  }
+  void forward(const Shape& shape, const ConvolutionForwardOf<BFloat16>& pass) const override {
     forward_pass(shape, pass);
   }
   void backward(const Shape& shape, const ConvolutionBackward& pass) const override {

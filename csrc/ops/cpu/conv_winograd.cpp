@@ -9,11 +9,17 @@ namespace torchweld::ops {
 namespace winograd {
 namespace {
 
-// One convolution forward.
+auto input_kernel(const float*) { return cpu_kernels().winograd->input; }
+auto input_kernel(const BFloat16*) { return cpu_kernels().winograd->input_bf16; }
+auto output_kernel(const float*) { return cpu_kernels().winograd->output; }
+auto output_kernel(const BFloat16*) { return cpu_kernels().winograd->output_bf16; }
+
+// One convolution forward. In float32 but for the activations.
+template <class T>
 class Forward {
  public:
-  Forward(const ConvolutionShape& shape, const float* input, const Weight& weight, float* output,
-          const kernels::Epilogue& epilogue, BlockMoments* moments)
+  Forward(const ConvolutionShape& shape, const T* input, const Weight& weight, T* output,
+          const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments)
       : shape_(shape),
         tiles_(shape),
         input_(input),
@@ -114,7 +120,7 @@ class Forward {
     const int64_t image = shape_.height * shape_.width * shape_.channels;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = block.first + i;
-      inputs_of(block).gather(cpu_kernels().winograd->input, input_ + tiles_.image(tile) * image,
+      inputs_of(block).gather(input_kernel(input_), input_ + tiles_.image(tile) * image,
                               tiles_.input(tile, shape_.channels), i, inputs);
     }
   }
@@ -144,38 +150,42 @@ class Forward {
 
   // A panel of the block's output, and its statistics while it is in cache.
   void finish(const Block& block, const Panel& panel, const float* products) const {
-    const auto kernel = cpu_kernels().winograd->output;
+    const auto kernel = output_kernel(output_);
     const int64_t channels = shape_.out_channels;
     for (int64_t i = 0; i < block.count; ++i) {
       const int64_t tile = block.first + i;
       const int64_t image =
           tiles_.image(tile) * shape_.out_height * shape_.out_width * channels + panel.first;
-      kernels::Epilogue epilogue = epilogue_;
+      kernels::EpilogueOf<T> epilogue = epilogue_;
       if (epilogue.bias != nullptr) epilogue.bias += panel.first;
       if (epilogue.residual != nullptr) epilogue.residual += image;
       kernel(products + i * panel.columns, point_stride(block.count, panel.columns), panel.columns,
              output_ + image, tiles_.output(tile, channels), epilogue);
     }
-    if (moments_ == nullptr) return;
-    tiles_.for_each_run(block.first, block.first + block.count, [&](int64_t first, int64_t pixels) {
-      moments_->add(block.index, output_ + first * channels + panel.first, pixels, channels,
-                    panel.first, panel.columns);
-    });
+    if constexpr (std::is_same_v<T, float>) {
+      if (moments_ == nullptr) return;
+      const int64_t end = block.first + block.count;
+      tiles_.for_each_run(block.first, end, [&](int64_t first, int64_t pixels) {
+        moments_->add(block.index, output_ + first * channels + panel.first, pixels, channels,
+                      panel.first, panel.columns);
+      });
+    }
   }
 
   const ConvolutionShape& shape_;
   Tiles tiles_;
-  const float* input_;
+  const T* input_;
   const Weight& weight_;
-  float* output_;
-  const kernels::Epilogue& epilogue_;
+  T* output_;
+  const kernels::EpilogueOf<T>& epilogue_;
   BlockMoments* moments_;
 };
 
 }  // namespace
 
-void forward(const ConvolutionShape& shape, const float* input, const Weight& weight, float* output,
-             const kernels::Epilogue& epilogue, BlockMoments* moments) {
+template <class T>
+void forward(const ConvolutionShape& shape, const T* input, const Weight& weight, T* output,
+             const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments) {
   if (weight.large() || weight.packed()) {
     Forward(shape, input, weight, output, epilogue, moments).run();
     return;
@@ -184,6 +194,9 @@ void forward(const ConvolutionShape& shape, const float* input, const Weight& we
   weight.pack(packed.data());
   Forward(shape, input, Weight(shape, nullptr, packed.data()), output, epilogue, moments).run();
 }
+
+template void forward(const ConvolutionShape&, const float*, const Weight&, float*,
+                      const kernels::Epilogue&, BlockMoments*);
 
 }  // namespace winograd
 
@@ -205,6 +218,7 @@ class Winograd : public ConvolutionAlgorithm {
   int64_t packed_size(const ConvolutionShape& shape) const override {
     return winograd::Weight(shape, nullptr, nullptr).packed_size();
   }
+  using ConvolutionAlgorithm::pack;
   void pack(const ConvolutionShape& shape, const float* weight, float* packed) const override {
     winograd::Weight(shape, weight, nullptr).pack(packed);
   }
@@ -214,6 +228,11 @@ class Winograd : public ConvolutionAlgorithm {
   void forward(const ConvolutionShape& shape, const ConvolutionForward& pass) const override {
     const winograd::Weight weight(shape, pass.weight, pass.packed);
     winograd::forward(shape, pass.input, weight, pass.output, pass.epilogue, pass.moments);
+  }
+  void forward(const ConvolutionShape& shape,
+               const ConvolutionForwardOf<BFloat16>& pass) const override {
+    const winograd::Weight weight(shape, nullptr, pass.packed);
+    winograd::forward(shape, pass.input, weight, pass.output, pass.epilogue, nullptr);
   }
   void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) const override {
     winograd::backward(shape, pass);

@@ -54,12 +54,13 @@ class Points {
   int64_t stride(const Panel& panel) const { return point_stride(tiles_, panel.columns); }
 
   // Transforms one tile of an image.
-  void gather(kernels::WinogradGatherKernel kernel, const float* image,
-              const WinogradWindow& window, int64_t tile, float* points) const {
+  template <class T>
+  void gather(kernels::WinogradGatherKernel<T> kernel, const T* image, const WinogradWindow& window,
+              int64_t tile, float* points) const {
     for (int64_t i = 0; i < panels(); ++i) {
       const Panel here = panel(i);
-      kernel(image + here.first, window, here.columns,
-             points + offset(i) + tile * here.columns, stride(here));
+      kernel(image + here.first, window, here.columns, points + offset(i) + tile * here.columns,
+             stride(here));
     }
   }
 
@@ -170,8 +171,9 @@ class Weight {
 };
 
 // output = epilogue(the convolution of input with weight).
-void forward(const ConvolutionShape& shape, const float* input, const Weight& weight, float* output,
-             const kernels::Epilogue& epilogue, BlockMoments* moments);
+template <class T>
+void forward(const ConvolutionShape& shape, const T* input, const Weight& weight, T* output,
+             const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments);
 
 void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass);
 

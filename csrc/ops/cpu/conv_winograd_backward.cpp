@@ -15,17 +15,16 @@ constexpr int64_t kGroupSize = 3 << 18;
 // Sums the weight's gradient over blocks of tiles: a block's inputs and gradients are transformed,
 // then multiplied at each point, in short chains that are added in their order.
 //
-// Few channels: tasks take runs of small blocks, each in its core's cache, and each has sums of its
-// own, which are added in the end. Many channels: threads share large blocks, and each product of
-// one point and two panels of channels belongs to one task.
+// Few channels and many tiles: tasks take runs of small blocks, each in its core's cache, and each
+// has sums of its own, which are added in the end. Otherwise threads share large blocks, and each
+// product of one point and two panels of channels belongs to one task.
 class WeightGradient {
  public:
   WeightGradient(const ConvolutionShape& shape, float* grad_weight, bool one_group)
       : shape_(shape), grad_weight_(grad_weight) {
     const int64_t tiles = Tiles(shape).count();
-    if (pairs() == 1) {
-      tasks_ = std::clamp<int64_t>(tiles / (kTaskBlocks * kSmallBlock), 1, kMaxTasks);
-    }
+    const int64_t tasks = std::min(kMaxTasks, tiles / (kTaskBlocks * kSmallBlock));
+    if (pairs() == 1 && tasks >= kMinTasks) tasks_ = tasks;
     // One block and many panels: each pair of them is finished while its sums are in cache.
     at_once_ = one_group && tiles <= tiles_per_block() && pairs() >= 16;
     if (!at_once_) sums_.emplace(tasks_ * pairs() * kPairSize);
@@ -37,7 +36,7 @@ class WeightGradient {
     ConvolutionShape shape = shape_;
     shape.batch = images;
     const Tiles tiles(shape);
-    if (pairs() == 1) {
+    if (tasks_ > 1) {
       add_small(tiles, input, grad_output);
       return;
     }
@@ -56,7 +55,7 @@ class WeightGradient {
   void finish() const {
     if (at_once_) return;
     parallel_for(pairs() * kWinogradPoints, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) merge(i * kPairSize / kWinogradPoints);
+      for (int64_t i = begin; i < end; ++i) merge(i / kWinogradPoints, i % kWinogradPoints);
     });
     parallel_for(pairs(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) finish(i, sums_->data() + i * kPairSize);
@@ -70,10 +69,12 @@ class WeightGradient {
   // Floats of a block's transformed tiles: a shared cache holds them.
   static constexpr int64_t kBlockSize = 3 << 20;
   static constexpr int64_t kBlockTiles = 512;
-  // Tiles of a block that a core's cache holds beside a pair's sums; blocks to a task, and tasks.
+  // Tiles of a block that a core's cache holds beside a pair's sums; blocks that make a task's own
+  // sums worth adding; and tasks.
   static constexpr int64_t kSmallBlock = 28;
-  static constexpr int64_t kTaskBlocks = 12;
-  static constexpr int64_t kMaxTasks = 8;
+  static constexpr int64_t kTaskBlocks = 7;
+  static constexpr int64_t kMinTasks = 4;
+  static constexpr int64_t kMaxTasks = 16;
   // Tiles summed in one chain; the chains are added.
   static constexpr int64_t kChain = 64;
 
@@ -168,27 +169,27 @@ class WeightGradient {
     const int64_t chain = even_part(block.count, kChain);
     for (int64_t first = 0; first < block.count; first += chain) {
       const float* a = to + first * row.columns;
-      cpu_kernels().gemm->gemm(
-          {.rows = row.columns,
-           .columns = column.columns,
-           .a = &a,
-           .runs = 1,
-           .depth = std::min(chain, block.count - first),
-           .a_row = 1,
-           .a_step = row.columns,
-           .b = from + first * column.columns,
-           .b_row = column.columns,
-           .c = sum,
-           .c_row = column.columns,
-           .accumulate = false,
-           .epilogue = {.residual = empty && first == 0 ? nullptr : sum}});
+      cpu_kernels().gemm->gemm({.rows = row.columns,
+                                .columns = column.columns,
+                                .a = &a,
+                                .runs = 1,
+                                .depth = std::min(chain, block.count - first),
+                                .a_row = 1,
+                                .a_step = row.columns,
+                                .b = from + first * column.columns,
+                                .b_row = column.columns,
+                                .c = sum,
+                                .c_row = column.columns,
+                                .accumulate = false,
+                                .epilogue = {.residual = empty && first == 0 ? nullptr : sum}});
     }
   }
 
-  // The sums of all tasks in a part of what a pair has, in the order of the tasks.
-  void merge(int64_t first) const {
-    float* sums = sums_->data() + first;
-    const int64_t size = kPairSize / kWinogradPoints;
+  // The sum of one point over all tasks, in their order.
+  void merge(int64_t pair, int64_t p) const {
+    const int64_t rows = row_panel(pair).columns, columns = column_panel(pair).columns;
+    const int64_t size = rows * columns;
+    float* sums = sums_->data() + pair * kPairSize + p * point_stride(rows, columns);
     if (empty_[0]) std::fill_n(sums, size, 0.0f);
     for (int64_t task = 1; task < tasks_; ++task) {
       if (empty_[task]) continue;

@@ -1,6 +1,8 @@
 #include "ops/cpu/convolution.h"
 
+#include <bit>
 #include <cstring>
+#include <memory>
 
 #include "ops/check.h"
 #include "ops/conv_bn_relu.h"
@@ -16,17 +18,19 @@ const ConvolutionAlgorithm& algorithm_named(const char* op, const std::string& n
   return *found;
 }
 
-void check_float32(const char* op, const Tensor& input) {
-  TORCHWELD_CHECK(input.scalar_type() == ScalarType::Float, op, "input", "float32",
-                  dtype_name(input.scalar_type()));
+void check_dtype(const char* op, const Tensor& input, bool bfloat16) {
+  const ScalarType type = input.scalar_type();
+  TORCHWELD_CHECK(type == ScalarType::Float || (bfloat16 && type == ScalarType::BFloat16), op,
+                  "input", "float32" << (bfloat16 ? " or bfloat16" : ""), dtype_name(type));
 }
 
 Tensor channels_last(const Tensor& x) {
   return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
-Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
+Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                           ScalarType type = ScalarType::Float) {
+  return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt,
                               MemoryFormat::ChannelsLast);
 }
 
@@ -46,6 +50,30 @@ Tensor to_tensor(const Moments& moments) {
   return tensor;
 }
 
+// Of dense tensors; the bias is float32.
+template <class T>
+void run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                 const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                 const OptionalTensor& residual, double low, double high, const Tensor& output,
+                 BlockMoments* moments) {
+  const auto data = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
+  // As it is in training, where weights change at every step, and statistics are wanted.
+  const bool plain = moments != nullptr && algorithm.packs_itself();
+  const int64_t packed_size = plain ? 0 : algorithm.packed_size(shape);
+  const Tensor packed = torch::stable::empty({&packed_size, 1}, ScalarType::Float);
+  if (!plain) algorithm.pack(shape, data(weight), packed.mutable_data_ptr<float>());
+  algorithm.forward(shape, ConvolutionForwardOf<T>{
+                               .input = data(input),
+                               .packed = plain ? nullptr : packed.const_data_ptr<float>(),
+                               .weight = data(weight),
+                               .output = static_cast<T*>(output.mutable_data_ptr()),
+                               .epilogue = {.bias = bias ? bias->const_data_ptr<float>() : nullptr,
+                                            .residual = residual ? data(*residual) : nullptr,
+                                            .low = static_cast<float>(low),
+                                            .high = static_cast<float>(high)},
+                               .moments = moments});
+}
+
 std::tuple<Tensor, Tensor> conv_forward(Tensor input, Tensor weight, OptionalTensor bias,
                                         OptionalTensor residual, IntList stride, IntList padding,
                                         IntList dilation, int64_t groups, double low, double high,
@@ -54,32 +82,20 @@ std::tuple<Tensor, Tensor> conv_forward(Tensor input, Tensor weight, OptionalTen
   const Convolution conv{stride, padding, dilation, groups};
   const IntList sizes = check_convolution(op, input, weight, bias, conv);
   check_same(op, "residual", residual, sizes, input);
-  check_float32(op, input);
+  check_dtype(op, input, !moments);
   const ConvolutionShape shape = to_shape(input, weight, conv);
   const ConvolutionAlgorithm& chosen = algorithm_named(op, algorithm);
   TORCHWELD_CHECK(chosen.can_forward(shape), op, "algorithm", "one that can compute this shape",
                   algorithm);
 
-  const Tensor x = channels_last(input), w = channels_last(weight);
-  if (bias) bias = torch::stable::contiguous(*bias);
+  if (bias) bias = torch::stable::to(torch::stable::contiguous(*bias), ScalarType::Float);
   if (residual) residual = channels_last(*residual);
-  // As it is in training, where weights change at every step, and statistics are wanted.
-  const bool plain = moments && chosen.packs_itself();
-  const int64_t packed_size = plain ? 0 : chosen.packed_size(shape);
-  const Tensor packed = torch::stable::empty({&packed_size, 1}, ScalarType::Float);
-  if (!plain) chosen.pack(shape, w.const_data_ptr<float>(), packed.mutable_data_ptr<float>());
-  const Tensor output = empty_channels_last(sizes);
+  const Tensor x = channels_last(input), w = channels_last(weight);
+  const Tensor output = empty_channels_last(sizes, input.scalar_type());
   BlockMoments collected;
-  chosen.forward(shape,
-                 {.input = x.const_data_ptr<float>(),
-                  .packed = plain ? nullptr : packed.const_data_ptr<float>(),
-                  .weight = w.const_data_ptr<float>(),
-                  .output = output.mutable_data_ptr<float>(),
-                  .epilogue = {.bias = bias ? bias->const_data_ptr<float>() : nullptr,
-                               .residual = residual ? residual->const_data_ptr<float>() : nullptr,
-                               .low = static_cast<float>(low),
-                               .high = static_cast<float>(high)},
-                  .moments = moments ? &collected : nullptr});
+  const auto run =
+      shape.dtype == kernels::DType::bfloat16 ? run_forward<BFloat16> : run_forward<float>;
+  run(chosen, shape, x, w, bias, residual, low, high, output, moments ? &collected : nullptr);
   return {output, moments ? to_tensor(collected.merged()) : nothing(input)};
 }
 
@@ -91,7 +107,7 @@ std::tuple<Tensor, Tensor> conv_backward(Tensor grad_output, Tensor input, Tenso
   const Convolution conv{stride, padding, dilation, groups};
   const IntList sizes = check_convolution(op, input, weight, std::nullopt, conv);
   check_same(op, "grad_output", grad_output, sizes, input);
-  check_float32(op, input);
+  check_dtype(op, input, false);
   const ConvolutionShape shape = to_shape(input, weight, conv);
   const ConvolutionAlgorithm& chosen = algorithm_named(op, algorithm);
   TORCHWELD_CHECK(chosen.can_backward(shape, input_grad, weight_grad), op, "algorithm",
@@ -136,11 +152,21 @@ ConvolutionShape to_shape(const IntList& input, const Tensor& weight, const Conv
           .padding_width = conv.padding[1],
           .dilation_height = conv.dilation[0],
           .dilation_width = conv.dilation[1],
-          .groups = conv.groups};
+          .groups = conv.groups,
+          .dtype = *to_dtype(weight.scalar_type())};
 }
 
 ConvolutionShape to_shape(const Tensor& input, const Tensor& weight, const Convolution& conv) {
   return to_shape({input.size(0), input.size(1), input.size(2), input.size(3)}, weight, conv);
+}
+
+void ConvolutionAlgorithm::pack(const ConvolutionShape& shape, const BFloat16* weight,
+                                float* packed) const {
+  const std::unique_ptr<float[]> floats(new float[shape.weights()]);
+  for (int64_t i = 0; i < shape.weights(); ++i) {
+    floats[i] = std::bit_cast<float>(static_cast<uint32_t>(weight[i].bits) << 16);
+  }
+  pack(shape, floats.get(), packed);
 }
 
 const ConvolutionAlgorithm* find_algorithm(std::string_view name) {

@@ -1,4 +1,5 @@
-// Convolutions of float32 channels_last tensors by kernels of our own.
+// Convolutions of channels_last tensors by kernels of our own: float32, and folded ones in
+// bfloat16.
 //
 // Each algorithm is one file, conv_<algorithm>.cpp. All of them work in blocks of output pixels
 // that a core's cache holds, so what follows the convolution forward (statistics, or bias, residual
@@ -10,11 +11,14 @@
 #include <functional>
 #include <string_view>
 
+#include "kernels/dtype.h"
 #include "kernels/gemm.h"
 #include "ops/aten.h"
 #include "ops/cpu/block_moments.h"
 
 namespace torchweld::ops {
+
+using kernels::BFloat16;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -27,6 +31,7 @@ struct ConvolutionShape {
   int64_t padding_height, padding_width;
   int64_t dilation_height, dilation_width;
   int64_t groups;
+  kernels::DType dtype = kernels::DType::float32;  // of activations and weight
 
   int64_t pixels() const { return batch * out_height * out_width; }
   // Values of the weight [out_channels, kernel_height, kernel_width, channels / groups].
@@ -39,15 +44,17 @@ struct ConvolutionShape {
 ConvolutionShape to_shape(const Tensor& input, const Tensor& weight, const Convolution& conv);
 ConvolutionShape to_shape(const IntList& input, const Tensor& weight, const Convolution& conv);
 
-// One forward pass. Activations are dense [N, H, W, C].
-struct ConvolutionForward {
-  const float* input;
+// One forward pass. Activations are dense [N, H, W, C] of T.
+template <class T>
+struct ConvolutionForwardOf {
+  const T* input;
   const float* packed;  // what pack() made of the weight; or null, if packs_itself()
-  const float* weight;  // [K, R, S, C / groups]; or null, if there is a packed one
-  float* output;
-  kernels::Epilogue epilogue;       // its residual is laid out as the output
-  BlockMoments* moments = nullptr;  // collects the statistics of the output, if not null
+  const T* weight;      // [K, R, S, C / groups]; or null, if there is a packed one
+  T* output;
+  kernels::EpilogueOf<T> epilogue;  // its residual is laid out as the output
+  BlockMoments* moments = nullptr;  // collects the statistics of a float32 output, if not null
 };
+using ConvolutionForward = ConvolutionForwardOf<float>;
 
 // Writes the gradient of the convolution's output for `count` pixels from `first` on, all channels,
 // densely at `rows`. Called once for every pixel, in any order, by several threads.
@@ -70,16 +77,22 @@ class ConvolutionAlgorithm {
   virtual bool can_forward(const ConvolutionShape& shape) const = 0;
   virtual bool can_backward(const ConvolutionShape& shape, bool input, bool weight) const = 0;
 
-  // Floats of a packed weight. Its layout depends on the weight's shape alone: neither on the size
-  // of the activations nor on the instruction set, so a saved model may hold it.
+  // Floats of a packed weight. Its layout depends on the weight alone, and dilation: neither on the
+  // size of the activations nor on the instruction set, so a saved model may hold it.
   virtual int64_t packed_size(const ConvolutionShape& shape) const = 0;
   // From the weight [K, R, S, C / groups].
   virtual void pack(const ConvolutionShape& shape, const float* weight, float* packed) const = 0;
+  // The same of a shape in bfloat16. Where arithmetic is float32, so is what is packed.
+  virtual void pack(const ConvolutionShape& shape, const BFloat16* weight, float* packed) const;
 
-  // Whether forward() takes a weight that is not packed, and packs pieces just before their use.
+  // Whether forward() takes a float32 weight that is not packed, and packs pieces just before their
+  // use.
   virtual bool packs_itself() const { return false; }
 
   virtual void forward(const ConvolutionShape& shape, const ConvolutionForward& pass) const = 0;
+  // The same of a shape in bfloat16: float32 inside, rounded once.
+  virtual void forward(const ConvolutionShape& shape,
+                       const ConvolutionForwardOf<BFloat16>& pass) const = 0;
   virtual void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) const = 0;
 };
 

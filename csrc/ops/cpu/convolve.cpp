@@ -1,5 +1,7 @@
 #include "ops/cpu/convolve.h"
 
+#include <algorithm>
+
 #include "ops/cpu/choose.h"
 #include "ops/memory.h"
 
@@ -22,18 +24,24 @@ bool suggests_channels_last(const Tensor& x) {
   return true;
 }
 
-// Whether ours is asked for at all: float32, and channels_last by ATen's rule (at::native's
+// Whether ours is asked for at all: channels_last by ATen's rule (at::native's
 // mkldnn_conv_use_channels_last), so the output has the strides ATen's would have.
-bool is_ours(const Tensor& input, const Tensor& weight) {
-  return input.scalar_type() == ScalarType::Float && input.numel() > 0 &&
+bool is_ours(const Tensor& input, const Tensor& weight, ScalarType type) {
+  return input.scalar_type() == type && input.numel() > 0 &&
          (suggests_channels_last(input) || suggests_channels_last(weight));
+}
+bool is_ours(const Tensor& input, const Tensor& weight) {
+  return is_ours(input, weight, ScalarType::Float);
 }
 
 Tensor channels_last(const Tensor& x) {
   return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
-const float* data(const Tensor& x) { return x.const_data_ptr<float>(); }
+template <class T = float>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
 
 Tensor vector_of(int64_t size) {
   return empty({1, 1, 1, size}, ScalarType::Float, MemoryFormat::Contiguous);
@@ -41,33 +49,53 @@ Tensor vector_of(int64_t size) {
 
 Tensor packed_by(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
                  const Tensor& weight) {
-  const Tensor packed = vector_of(algorithm.packed_size(shape));
-  algorithm.pack(shape, data(channels_last(weight)), packed.mutable_data_ptr<float>());
+  const Tensor packed = vector_of(algorithm.packed_size(shape)), w = channels_last(weight);
+  float* to = packed.mutable_data_ptr<float>();
+  if (shape.dtype == kernels::DType::bfloat16) {
+    algorithm.pack(shape, data<BFloat16>(w), to);
+  } else {
+    algorithm.pack(shape, data(w), to);
+  }
   return packed;
 }
 
+template <class T>
 Tensor run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
                    const Tensor& input, const Tensor& weight, const OptionalTensor& packed_weight,
-                   const kernels::Epilogue& epilogue, BlockMoments* moments) {
-  OptionalTensor packed = packed_weight, w;
-  if (!packed) w = channels_last(weight);
-  if (!packed && !algorithm.packs_itself()) packed = packed_by(algorithm, shape, *w);
+                   const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments) {
+  const bool plain = std::is_same_v<T, float> && !packed_weight && algorithm.packs_itself();
+  const Tensor w = plain           ? channels_last(weight)
+                   : packed_weight ? *packed_weight
+                                   : packed_by(algorithm, shape, weight);
   const Tensor x = channels_last(input);
   const Tensor output = empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
-                              ScalarType::Float, MemoryFormat::ChannelsLast);
-  algorithm.forward(shape, {.input = data(x),
-                            .packed = packed ? data(*packed) : nullptr,
-                            .weight = w ? data(*w) : nullptr,
-                            .output = output.mutable_data_ptr<float>(),
-                            .epilogue = epilogue,
-                            .moments = moments});
+                              input.scalar_type(), MemoryFormat::ChannelsLast);
+  algorithm.forward(shape,
+                    ConvolutionForwardOf<T>{.input = data<T>(x),
+                                            .packed = plain ? nullptr : data(w),
+                                            .weight = plain ? data<T>(w) : nullptr,
+                                            .output = static_cast<T*>(output.mutable_data_ptr()),
+                                            .epilogue = epilogue,
+                                            .moments = moments});
   return output;
 }
 
+// As float32: what is added to sums is.
 const float* data_or_null(const OptionalTensor& tensor, OptionalTensor& keep) {
   if (!tensor) return nullptr;
   keep = torch::stable::contiguous(*tensor);
+  if (keep->scalar_type() != ScalarType::Float) keep = torch::stable::to(*keep, ScalarType::Float);
   return data(*keep);
+}
+
+// The bounds an activation clamps to, where that is all it does.
+template <class T>
+bool clamp(kernels::Activation activation, kernels::EpilogueOf<T>& epilogue) {
+  using kernels::Activation;
+  if (activation != Activation::relu && activation != Activation::relu6) return false;
+  epilogue.low = 0;
+  if (activation == Activation::relu6) epilogue.high = 6;
+  return true;
 }
 
 }  // namespace
@@ -98,6 +126,32 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
   return output;
 }
 
+namespace {
+
+// activation(convolution + residual) as far as an algorithm of ours does it; `after` becomes what
+// is left to do.
+template <class T>
+Tensor run_folded(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                  const Tensor& input, const Tensor& weight, const OptionalTensor& packed_weight,
+                  const OptionalTensor& bias, const OptionalTensor& residual,
+                  kernels::Activation& after) {
+  const bool fits = packed_weight && packed_weight->scalar_type() == ScalarType::Float &&
+                    packed_weight->is_contiguous() &&
+                    packed_weight->numel() == algorithm.packed_size(shape);
+  OptionalTensor keep_bias, keep_residual;
+  kernels::EpilogueOf<T> epilogue;
+  epilogue.bias = data_or_null(bias, keep_bias);
+  if (residual) {
+    keep_residual = channels_last(*residual);
+    epilogue.residual = data<T>(*keep_residual);
+  }
+  if (clamp(after, epilogue)) after = kernels::Activation::identity;
+  return run_forward(algorithm, shape, input, weight, fits ? packed_weight : std::nullopt, epilogue,
+                     nullptr);
+}
+
+}  // namespace
+
 Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& packed_weight,
                 const OptionalTensor& bias, const OptionalTensor& residual, const Convolution& conv,
                 kernels::Activation activation, double negative_slope) {
@@ -107,28 +161,14 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
   Activation after = activation;
   Tensor output;
   const ConvolutionAlgorithm* algorithm = nullptr;
-  if (is_ours(input, weight)) {
+  const bool bfloat16 = is_ours(input, weight, ScalarType::BFloat16);
+  if (bfloat16 || is_ours(input, weight)) {
     const ConvolutionShape shape = to_shape(input, weight, conv);
     algorithm = choose_folded(shape, packed_weight ? packed_weight->numel() : 0);
     if (algorithm) {
-      const bool fits = packed_weight && packed_weight->scalar_type() == ScalarType::Float &&
-                        packed_weight->is_contiguous() &&
-                        packed_weight->numel() == algorithm->packed_size(shape);
-      OptionalTensor keep_bias, keep_residual;
-      kernels::Epilogue epilogue;
-      epilogue.bias = data_or_null(bias, keep_bias);
-      if (residual) {
-        keep_residual = channels_last(*residual);
-        epilogue.residual = data(*keep_residual);
-        rest.reset();
-      }
-      if (activation == Activation::relu || activation == Activation::relu6) {
-        epilogue.low = 0;
-        if (activation == Activation::relu6) epilogue.high = 6;
-        after = Activation::identity;
-      }
-      output = run_forward(*algorithm, shape, input, weight, fits ? packed_weight : std::nullopt,
-                           epilogue, nullptr);
+      const auto run = bfloat16 ? run_folded<BFloat16> : run_folded<float>;
+      output = run(*algorithm, shape, input, weight, packed_weight, bias, residual, after);
+      rest.reset();
     }
   }
   if (!algorithm) output = dense(aten::convolution(input, weight, bias, conv));
@@ -146,10 +186,13 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
 }
 
 Tensor pack_weight(const Tensor& weight, const Convolution& conv) {
-  if (weight.scalar_type() == ScalarType::Float) {
-    // The rule looks at the size of an image too; this one is in the middle.
-    const ConvolutionShape shape =
-        to_shape({8, weight.size(1) * conv.groups, 28, 28}, weight, conv);
+  const ScalarType type = weight.scalar_type();
+  if (type == ScalarType::Float || type == ScalarType::BFloat16) {
+    // The rule looks at the size of an image too, which networks halve where they double channels.
+    const int64_t channels = weight.size(1) * conv.groups;
+    const int64_t most = std::max<int64_t>(1, std::max(channels, weight.size(0)));
+    const int64_t size = std::clamp<int64_t>(64 * 56 / most, 7, 56);
+    const ConvolutionShape shape = to_shape({8, channels, size, size}, weight, conv);
     const bool has_pixels = shape.out_height > 0 && shape.out_width > 0;
     if (const ConvolutionAlgorithm* algorithm = has_pixels ? choose_folded(shape, 0) : nullptr)
       return packed_by(*algorithm, shape, weight);

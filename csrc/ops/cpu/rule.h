@@ -43,6 +43,18 @@ inline bool depthwise_folded([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
   return true;
 }
+inline bool dense_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return (s.out_channels >= 6 || (s.dilation_width < 2 && s.channels < 64));
+}
+inline bool winograd_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return (s.out_channels >= 64 && s.pixels() >= 2048);
+}
+inline bool depthwise_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
+    [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
+  return true;
+}
 // clang-format on
 
 }  // namespace torchweld::ops::rule

@@ -244,7 +244,8 @@ def conv_relu_pack(
 
     Returns:
         Float32 ``[1, 1, 1, L]``, the same for every instruction set. ``L`` is 0 where the
-        convolution is ATen's: for other dtypes, and for shapes it is faster at.
+        convolution is ATen's: for shapes it is faster at, for dtypes but float32 and bfloat16, and
+        for bfloat16 without AVX512-BF16. In bfloat16 an element may hold two values.
 
     Raises:
         RuntimeError: if an argument does not fit.
