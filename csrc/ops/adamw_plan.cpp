@@ -67,6 +67,13 @@ bool is_step(const Tensor& tensor, int32_t dtype) {
   return raw_dtype(tensor) == dtype && tensor.dim() == 0 && tensor.is_cpu();
 }
 
+void check_present(const char* op, const AdamWPlan& plan, const AdamWEntry& entry, int role,
+                   bool needed) {
+  TORCHWELD_CHECK((plan.find(entry, role) != nullptr) == needed, op, kRoleNames[role],
+                  (needed ? "a tensor" : "none") << " with this state and rounding",
+                  (needed ? "none" : "one"));
+}
+
 void check_scale(const char* op, const AdamWPlan& plan, const AdamWEntry& entry, int role) {
   const Tensor& scale = plan.get(entry, role);
   const int64_t blocks = (entry.size + kernels::kAdamWBlock - 1) / kernels::kAdamWBlock;
@@ -134,6 +141,12 @@ void check(const char* op, const AdamWPlan& plan, AdamWEntry& entry, const Tenso
   entry.size = param.numel() * real->per_element;
   check_like_param(op, "grads", grad, param, type, k, false);
   entry.uniform = is_dense(param);
+  const bool int8 = entry.state == AdamWState::int8;
+  check_present(op, plan, entry, kExpAvgScale, int8);
+  check_present(op, plan, entry, kExpAvgSqScale, int8);
+  if (int8) check_present(op, plan, entry, kMaxExpAvgSq, false);
+  check_present(op, plan, entry, kCompensation,
+                entry.rounding == AdamWRounding::kahan || entry.rounding == AdamWRounding::split);
   for (int role = 0; role < kRoleCount; ++role) {
     const Tensor* tensor = plan.find(entry, role);
     if (tensor == nullptr) continue;
@@ -149,7 +162,7 @@ void check(const char* op, const AdamWPlan& plan, AdamWEntry& entry, const Tenso
                       dtype_name(tensor->scalar_type()) << " of shape " << shape_string(*tensor));
     }
   }
-  if (entry.state == AdamWState::int8) {
+  if (int8) {
     check_scale(op, plan, entry, kExpAvgScale);
     check_scale(op, plan, entry, kExpAvgSqScale);
   }

@@ -178,6 +178,7 @@ def test_a_model_made_on_meta():
     assert (model.weight < 1).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_profilers_and_global_hooks_see_a_step():
     param = parameter(3)
     optimizer = tw.optim.AdamW([param])
@@ -202,3 +203,22 @@ def test_a_subclass_may_override_step():
     optimizer = Doubled([param])
     optimizer.step()
     assert optimizer.state[param]["step"] == 2
+
+
+def test_modules_may_swap_their_parameters():
+    model = nn.Linear(3, 2)
+    optimizer = tw.optim.AdamW(model.parameters())
+    weight = model.weight
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            optimizer.state.clear()
+            model(torch.ones(1, 3, dtype=dtype)).sum().backward()
+            before = model.weight.detach().clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert (model.weight != before).all()
+        assert model.weight is weight
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

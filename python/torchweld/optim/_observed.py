@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Statistics(NamedTuple):
     """What :meth:`torchweld.optim.AdamW.observe` saw of the last step: float64, of no dimensions.
 
+    Under sharding all but ``grad_norm`` are of this process's shards.
+
     Attributes:
         grad_norm: 2-norm of all gradients before clipping.
         update_norm: 2-norm of what the step added to all parameters.

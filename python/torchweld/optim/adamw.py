@@ -351,6 +351,8 @@ class AdamW(Observed, torch.optim.AdamW):
             self._skipped = self._skipped + self._report[1]
         if scaled and grads:
             self._found_inf = self._report[1].float()
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._plan = None  # torch swaps only tensors that nobody else holds
         return loss
 
     def _run(self, plan: Plan, grads: list[Tensor], which: list[int]) -> Tensor:
