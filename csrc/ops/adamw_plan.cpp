@@ -74,12 +74,21 @@ void check_present(const char* op, const AdamWPlan& plan, const AdamWEntry& entr
                   (needed ? "none" : "one"));
 }
 
+int64_t blocks_of(const AdamWEntry& entry) {
+  return (entry.size + kernels::kAdamWBlock - 1) / kernels::kAdamWBlock;
+}
+
+bool is_scale(const Tensor& tensor, const AdamWEntry& entry, int32_t dtype) {
+  return raw_dtype(tensor) == dtype && tensor.numel() == blocks_of(entry) &&
+         tensor.is_contiguous() && tensor.is_cpu();
+}
+
 void check_scale(const char* op, const AdamWPlan& plan, const AdamWEntry& entry, int role) {
   const Tensor& scale = plan.get(entry, role);
-  const int64_t blocks = (entry.size + kernels::kAdamWBlock - 1) / kernels::kAdamWBlock;
-  TORCHWELD_CHECK(scale.numel() == blocks && scale.is_contiguous(), op, kRoleNames[role],
-                  "shape [" << blocks << "], one per " << kernels::kAdamWBlock << " elements",
-                  shape_string(scale));
+  TORCHWELD_CHECK(
+      is_scale(scale, entry, entry.dtypes[role]), op, kRoleNames[role],
+      "shape [" << blocks_of(entry) << "], one per " << kernels::kAdamWBlock << " elements",
+      shape_string(scale));
 }
 
 }  // namespace
@@ -140,7 +149,8 @@ void check(const char* op, const AdamWPlan& plan, AdamWEntry& entry, const Tenso
   entry.type = *real;
   entry.size = param.numel() * real->per_element;
   check_like_param(op, "grads", grad, param, type, k, false);
-  entry.uniform = is_dense(param);
+  entry.uniform = false;  // until all checks have passed
+  bool uniform = is_dense(param);
   const bool int8 = entry.state == AdamWState::int8;
   check_present(op, plan, entry, kExpAvgScale, int8);
   check_present(op, plan, entry, kExpAvgSqScale, int8);
@@ -154,7 +164,7 @@ void check(const char* op, const AdamWPlan& plan, AdamWEntry& entry, const Tenso
     entry.dtypes[role] = raw_dtype(*tensor);
     if (has_shape_of_param(role)) {
       check_like_param(op, kRoleNames[role], *tensor, param, expected, k, true);
-      entry.uniform = entry.uniform && same_layout(*tensor, param);
+      uniform = uniform && same_layout(*tensor, param);
     } else {
       TORCHWELD_CHECK(tensor->is_cpu() && tensor->scalar_type() == expected &&
                           (role != kStep || tensor->numel() == 1),
@@ -169,17 +179,19 @@ void check(const char* op, const AdamWPlan& plan, AdamWEntry& entry, const Tenso
   const auto sizes = param.sizes(), strides = param.strides();
   entry.layout.assign(sizes.begin(), sizes.end());
   entry.layout.insert(entry.layout.end(), strides.begin(), strides.end());
+  entry.uniform = uniform;
 }
 
 bool still_uniform(const AdamWPlan& plan, const AdamWEntry& entry, const Tensor& grad) {
   if (!entry.uniform || !same(grad, entry.dtypes[kParam], entry.layout)) return false;
   for (int role = 0; role < kRoleCount; ++role) {
     const Tensor* tensor = plan.find(entry, role);
-    if (tensor == nullptr || role == kExpAvgScale || role == kExpAvgSqScale) continue;
-    if (role == kStep ? !is_step(*tensor, entry.dtypes[role])
-                      : !same(*tensor, entry.dtypes[role], entry.layout)) {
-      return false;
-    }
+    if (tensor == nullptr) continue;
+    const int32_t dtype = entry.dtypes[role];
+    const bool as_before = has_shape_of_param(role) ? same(*tensor, dtype, entry.layout)
+                           : role == kStep          ? is_step(*tensor, dtype)
+                                                    : is_scale(*tensor, entry, dtype);
+    if (!as_before) return false;
   }
   return true;
 }

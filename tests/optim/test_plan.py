@@ -101,7 +101,7 @@ def test_a_parameter_exchanged_for_another_of_its_memory():
     step_both(ours, theirs)
 
 
-@pytest.mark.parametrize("breaks", ["shape", "dtype", "state", "device"])
+@pytest.mark.parametrize("breaks", ["shape", "dtype", "state", "state dtype", "device"])
 def test_a_misfit_in_a_later_group_leaves_no_half_step(breaks):
     good, bad = parameter(5), parameter(6)
     optimizer = tw.optim.AdamW([{"params": [good]}, {"params": [bad]}], max_grad_norm=1.0)
@@ -112,15 +112,27 @@ def test_a_misfit_in_a_later_group_leaves_no_half_step(breaks):
         bad.data = torch.ones(6, dtype=torch.float64)
     elif breaks == "device":
         optimizer.state[bad]["exp_avg"] = torch.ones(6, device="meta")
+    elif breaks == "state dtype":
+        optimizer.state[bad]["exp_avg_sq"].data = torch.ones(6, dtype=torch.bfloat16)
     else:
         optimizer.state[bad]["exp_avg_sq"] = torch.ones(3, 2)
     before = good.detach().clone(), {k: v.clone() for k, v in optimizer.state[good].items()}
     message = "Expected all tensors to be on the same device" if breaks == "device" else "expected"
-    with pytest.raises(RuntimeError, match=message):
-        optimizer.step()
+    for _ in range(2):  # nor has a check that failed let the next one pass
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
     assert torch.equal(good, before[0])
     for name, value in before[1].items():
         assert torch.equal(optimizer.state[good][name], value)
+
+
+def test_scales_that_shrink_are_seen():
+    param = parameter(1000)
+    optimizer = tw.optim.AdamW([param], state_dtype="int8")
+    optimizer.step()
+    optimizer.state[param]["exp_avg_scale"].data = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"exp_avg_scales: expected shape \[4\]"):
+        optimizer.step()
 
 
 def test_a_sparse_gradient_later_leaves_no_half_step():
