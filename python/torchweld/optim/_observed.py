@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Statistics(NamedTuple):
     """What :meth:`torchweld.optim.AdamW.observe` saw of the last step: float64, of no dimensions.
 
-    Under sharding all but ``grad_norm`` are of this process's shards.
+    Of sharded parameters they are those of all processes' shards together.
 
     Attributes:
         grad_norm: 2-norm of all gradients before clipping.

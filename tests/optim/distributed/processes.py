@@ -89,6 +89,27 @@ def partly_sharded(rank, layout):
     return {"state": snapshot(model, optimizer), "norms": norms}
 
 
+def sharded_twice(rank, layout, shape):
+    """FSDP2 over parameters that tensor parallelism has cut along the same dimension."""
+    model, options = build(layout)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+    for part in model.children():
+        for name, param in [*part.named_parameters()]:
+            cut = distribute_tensor(param.detach(), mesh["tensor"], [Shard(0)])
+            part.register_parameter(name, torch.nn.Parameter(cut))
+    fully_shard(model, mesh=mesh["data"])
+    optimizer = optimizer_for(model, options)
+    dtype = next(model.parameters()).dtype
+    for step in range(STEPS):
+        mean = fed(step, None, dtype)
+        for part, module in model.named_children():
+            for name, param in module.named_parameters():
+                whole = distribute_tensor(mean[part][name], mesh, [Replicate()] * 2)
+                param.grad = whole.redistribute(mesh, param.placements)
+        optimizer.step()
+    return {"state": snapshot(model, optimizer)}
+
+
 def tensor_parallel(rank, layout):
     """Parameters distributed by hand, with gradients placed as backward leaves them."""
     model, options = build(layout)
@@ -252,16 +273,27 @@ def observed(rank, layout):
     return observe(model, optimizer, rank)
 
 
+EVERY = [*LAYOUTS, *CLIPPED]
+SOME = ["float32", "int8 states", "stochastic", "clipped"]
+# What is done to a model, and the layouts in which it is.
+WRAPPERS = {
+    "DDP": (data_parallel, EVERY),
+    "FSDP2": (fully_sharded, EVERY),
+    "FSDP2 with replicas": (replicas_of_shards, SOME),
+    "FSDP2 by columns": (sharded_columns, SOME),
+    "FSDP2 in part": (partly_sharded, SOME),
+    "FSDP2 over tensors": (partial(sharded_twice, shape=(1, 2)), SOME),
+    "FSDP2 of tensors": (partial(sharded_twice, shape=(2, 1)), SOME),
+    "tensor parallel": (tensor_parallel, EVERY),
+    "FSDP2 moved": (moved, SOME),
+}
+
+
 def scenarios(folder):
-    every = {**LAYOUTS, **CLIPPED}
-    for layout in every:
-        yield f"DDP, {layout}", data_parallel, (layout,)
-        yield f"FSDP2, {layout}", fully_sharded, (layout,)
-        yield f"FSDP2 by columns, {layout}", sharded_columns, (layout,)
-        yield f"FSDP2 with replicas, {layout}", replicas_of_shards, (layout,)
-        yield f"FSDP2 in part, {layout}", partly_sharded, (layout,)
-        yield f"tensor parallel, {layout}", tensor_parallel, (layout,)
-        yield f"FSDP2 moved, {layout}", moved, (layout,)
+    for wrapper, (run, layouts) in WRAPPERS.items():
+        for layout in layouts:
+            yield f"{wrapper}, {layout}", run, (layout,)
+    for layout in EVERY:
         yield f"whole checkpoint, {layout}", whole_checkpoint, (layout,)
         yield f"observed, {layout}", observed, (layout,)
         yield f"checkpoint of two, {layout}", saved, (layout, folder)

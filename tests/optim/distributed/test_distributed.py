@@ -23,24 +23,22 @@ from tests.optim.distributed.model import (
     snapshot,
     train,
 )  # fmt: skip
-from tests.optim.distributed.processes import SCALERS, resumed
+from tests.optim.distributed.processes import EVERY, SCALERS, WRAPPERS, resumed
 
 # What torch says of a checkpoint that one process saves or loads.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-EVERY = [*LAYOUTS, *CLIPPED]
-WHOLE = ("DDP", "FSDP2 with replicas")  # each process holds all of every parameter
-SHARDED = ("FSDP2", "FSDP2 by columns", "FSDP2 in part", "FSDP2 moved", "tensor parallel")
 
-
-@pytest.mark.parametrize("layout", EVERY)
-@pytest.mark.parametrize("wrapper", [*WHOLE, *SHARDED])
+@pytest.mark.parametrize(
+    ("wrapper", "layout"),
+    [(wrapper, layout) for wrapper, (_, layouts) in WRAPPERS.items() for layout in layouts],
+)
 def test_two_processes(ranks, wrapper, layout):
     expected, norms = alone(layout)
     for ours in ranks(f"{wrapper}, {layout}"):
         if wrapper == "DDP":
             assert_same(ours["state"], expected)
-        elif wrapper in WHOLE:  # states are given as those of a DTensor, decoded
+        elif wrapper == "FSDP2 with replicas":  # whole on each, and given decoded
             assert_same(decoded(ours["state"]), decoded(expected))
         else:
             assert_same_in_shards(ours["state"], expected, layout)
