@@ -51,7 +51,8 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
   }
 
   // By the time the sums are done, their place is in the nearest cache, and what joins them there.
-  const float* residual = g.epilogue.residual ? g.epilogue.residual + row * g.c_row + column : nullptr;
+  const float* residual =
+      g.epilogue.residual ? g.epilogue.residual + row * g.c_row + column : nullptr;
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors * kVectorBytes; v += 64) {

@@ -25,9 +25,7 @@ inline VecF multiply_add(VecF sums, VecF a, const BFloat16* b) {
 // Two values in all lanes, moved as the float whose bits they have. A pointer of this type, and no
 // memcpy: the compiler sees a broadcast from memory only here.
 typedef float PairBits __attribute__((may_alias, aligned(2)));
-inline VecF broadcast_pair(const BFloat16* p) {
-  return (VecF)_mm512_set1_ps(*(const PairBits*)p);
-}
+inline VecF broadcast_pair(const BFloat16* p) { return (VecF)_mm512_set1_ps(*(const PairBits*)p); }
 // One value and zero: what lies beyond a run may be no number, and no memory of ours.
 inline VecF broadcast_one(const BFloat16* p) { return (VecF)_mm512_set1_epi32(p->bits); }
 

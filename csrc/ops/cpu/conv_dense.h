@@ -9,7 +9,6 @@
 
 namespace torchweld::ops::dense {
 
-
 // Consecutive output pixels of one image: some whole rows, or a part of one row.
 struct Block {
   int64_t image;
