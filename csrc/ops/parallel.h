@@ -1,12 +1,12 @@
 // Loops over torch's own threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
+
+#include "ops/torch_compat.h"
 
 namespace torchweld::ops {
 

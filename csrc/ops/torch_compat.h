@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "kernels/dtype.h"
-#include "ops/parallel.h"
 
 namespace torchweld::ops {
 

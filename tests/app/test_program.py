@@ -102,5 +102,8 @@ def test_interrupt(weld, tmp_path, images):
     with subprocess.Popen([weld.program, *command], stderr=subprocess.PIPE) as process:
         assert b"has no manifest" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == -signal.SIGINT
+        try:
+            assert process.wait(timeout=60) == -signal.SIGINT
+        finally:
+            process.kill()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.pt", "x.npy"]

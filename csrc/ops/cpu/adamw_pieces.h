@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "ops/parallel.h"
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops {

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "ops/kernels.h"
+#include "ops/parallel.h"
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops {

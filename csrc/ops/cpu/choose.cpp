@@ -3,6 +3,7 @@
 #include "ops/config.h"
 #include "ops/cpu/rule.h"
 #include "ops/kernels.h"
+#include "ops/parallel.h"
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops {

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "ops/kernels.h"
+#include "ops/parallel.h"
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops {

@@ -4,6 +4,7 @@
 
 #include "ops/cpu/conv_dense.h"
 #include "ops/kernels.h"
+#include "ops/parallel.h"
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops::dense {

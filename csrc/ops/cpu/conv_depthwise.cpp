@@ -5,6 +5,7 @@
 #include "ops/cpu/convolution.h"
 #include "ops/kernels.h"
 #include "ops/memory.h"
+#include "ops/parallel.h"
 
 namespace torchweld::ops {
 namespace {

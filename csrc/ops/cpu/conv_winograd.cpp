@@ -4,6 +4,7 @@
 
 #include "ops/cpu/scratch.h"
 #include "ops/kernels.h"
+#include "ops/parallel.h"
 
 namespace torchweld::ops {
 namespace winograd {

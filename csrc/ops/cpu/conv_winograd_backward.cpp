@@ -5,6 +5,7 @@
 #include "ops/cpu/conv_winograd.h"
 #include "ops/cpu/scratch.h"
 #include "ops/kernels.h"
+#include "ops/parallel.h"
 
 namespace torchweld::ops::winograd {
 namespace {

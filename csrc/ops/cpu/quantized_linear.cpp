@@ -6,6 +6,7 @@
 
 #include "ops/check.h"
 #include "ops/kernels.h"
+#include "ops/parallel.h"
 
 namespace torchweld::ops {
 namespace {

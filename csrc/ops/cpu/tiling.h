@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "kernels/conv_bn_relu.h"
+#include "ops/parallel.h"
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops {
