@@ -108,7 +108,11 @@ struct Weight16 {
     if constexpr (kRounding == AdamWRounding::kahan) {
       return (VecF)param + (VecF)compensation;
     } else if constexpr (kRounding == AdamWRounding::split) {
-      return (VecF)(param + (VecU32)((VecI32)compensation >> 16));
+      const VecU32 master = param + (VecU32)((VecI32)compensation >> 16);
+      // Beside a zero the user has put there, what is left of the old weight would carry into the
+      // sign, and make a NaN.
+      const VecI32 fits = (VecI32)(master ^ param) >= 0;
+      return (VecF)(fits ? master : param);
     } else {
       return (VecF)param;
     }

@@ -32,6 +32,11 @@ class Pieces {
   void for_each(const F& f) const {
     parallel_for(end_, kGrain, [&](int64_t begin, int64_t end) { for_range(begin, end, f); });
   }
+  // One after the other.
+  template <class F>
+  void for_each_in_order(const F& f) const {
+    for_range(0, end_, f);
+  }
 
  private:
   // Elements worth a thread of their own.
@@ -42,6 +47,7 @@ class Pieces {
   // The pieces that begin in [begin, end).
   template <class F>
   void for_range(int64_t begin, int64_t end, const F& f) const {
+    if (places_.empty()) return;
     size_t t = std::upper_bound(places_.begin(), places_.end(), begin) - places_.begin() - 1;
     for (; t < places_.size() && places_[t] < end; ++t) {
       const int64_t first = (std::max(begin - places_[t], int64_t{0}) + piece_ - 1) / piece_;

@@ -1,7 +1,9 @@
 #include "ops/cpu/adamw_run.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "ops/check.h"
 #include "ops/cpu/adamw_aligned.h"
@@ -179,21 +181,39 @@ double AdamWRun::sum_of_squares() {
 }
 
 int64_t AdamWRun::count_nonfinite() const {
-  int64_t count = 0;
-  for (const Work& work : work_) {
-    const Values grad = work.grad();
-    const auto* element = static_cast<const char*>(grad.data);
-    for (int64_t i = 0; i < grad.size; ++i, element += size_of(grad.dtype)) {
+  Pieces pieces(kSumPiece);
+  for (const Work& work : work_) pieces.add(work.span.size);
+  std::vector<int64_t> counts(static_cast<size_t>(pieces.count()));
+  pieces.for_each([&](size_t t, int64_t begin, int64_t size, int64_t piece) {
+    const Values grad = work_[t].grad();
+    const auto sum = adamw_kernels().sum_of_squares[static_cast<size_t>(grad.dtype)];
+    const auto* element = advance((const char*)grad.data, bytes(grad.dtype, begin));
+    if (std::isfinite(sum(element, size))) return;
+    for (int64_t i = 0; i < size; ++i, element += size_of(grad.dtype)) {
       double value;
       if (grad.dtype == DType::float64) {
-        std::memcpy(&value, element, sizeof value);
+        std::memcpy(&value, element, sizeof value);  // its square may overflow
       } else {
-        value = adamw_kernels().sum_of_squares[static_cast<size_t>(grad.dtype)](element, 1);
+        value = sum(element, 1);
       }
-      count += !std::isfinite(value);
+      counts[static_cast<size_t>(piece)] += !std::isfinite(value);
     }
+  });
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+}
+
+bool AdamWRun::shares_memory() const {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  ranges.reserve(work_.size());
+  for (const Work& work : work_) {
+    const auto* begin = static_cast<const char*>(work.span.param);
+    ranges.emplace_back(begin, begin + bytes(work.dtype(), work.span.size));
   }
-  return count;
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t k = 1; k < ranges.size(); ++k) {
+    if (ranges[k].first < ranges[k - 1].second) return true;
+  }
+  return false;
 }
 
 double AdamWRun::share(int64_t count) const {
@@ -222,10 +242,14 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
     observe = observe || work.average || work.bfloat16_weight;
   }
 
+  // Stock steps one parameter after the other, and so does this where two are the same memory.
+  const auto for_each = [&, in_order = shares_memory()](const auto& f) {
+    in_order ? pieces.for_each_in_order(f) : pieces.for_each(f);
+  };
   AdamWStatistics total{};
   if (observe) {
     std::vector<AdamWStatistics> partial(static_cast<size_t>(pieces.count()));
-    pieces.for_each([&](size_t t, int64_t begin, int64_t size, int64_t piece) {
+    for_each([&](size_t t, int64_t begin, int64_t size, int64_t piece) {
       work_[t].run_observed(begin, size, options.average_weight,
                             &partial[static_cast<size_t>(piece)]);
     });
@@ -235,8 +259,7 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
       total.nonfinite += part.nonfinite;
     }
   } else {
-    pieces.for_each(
-        [&](size_t t, int64_t begin, int64_t size, int64_t) { work_[t].run(begin, size); });
+    for_each([&](size_t t, int64_t begin, int64_t size, int64_t) { work_[t].run(begin, size); });
   }
   for (Work& work : work_) {
     if (work.aligned) work.aligned->write_back();

@@ -38,6 +38,8 @@ class AdamWRun {
  private:
   struct Work;
   void add(AdamWEntry& entry, const Tensor& grad);
+  // Whether two parameters do.
+  bool shares_memory() const;
 
   AdamWPlan& plan_;
   std::vector<Work> work_;
