@@ -38,7 +38,8 @@ def check(module, shape=(5, 300)):
 def test_shapes(packed, shape):
     if 0 not in shape:
         return check(packed, shape)
-    assert packed(torch.randn(*shape)).shape == (*shape[:-1], 70)
+    with torch.no_grad():
+        assert packed(torch.randn(*shape)).shape == (*shape[:-1], 70)
 
 
 def test_the_packed_weight_is_in_use(packed):
@@ -120,6 +121,58 @@ def test_torchscript_and_export(packed):
         assert torch.equal(traced(other.view(6, 300)).view(2, 3, 70), packed(other))
         exported = torch.export.export(packed, (x,)).module()
         torch.testing.assert_close(exported(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "renew",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: (m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}), m)[1],
+    ],
+    ids=["copy", "pickle", "load"],
+)
+def test_tracing_what_has_to_be_packed_again(packed, renew):
+    module, x = renew(packed.eval()), torch.randn(4, 300)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, x)
+        assert "conv_relu_pack" not in str(traced.graph)
+        assert torch.equal(traced(x), module(x))
+    check(module)
+
+
+def test_what_transforms_functions_gets_torchs_product(packed, linear):
+    x, tangent = torch.randn(4, 300), torch.randn(4, 300)
+    fresh = copy.deepcopy(packed).requires_grad_(False)
+    linear.requires_grad_(False)
+    for module in (fresh, packed.requires_grad_(False)):
+        ours = torch.func.jvp(module, (x,), (tangent,))
+        theirs = torch.func.jvp(linear, (x,), (tangent,))
+        assert all(map(torch.equal, ours, theirs))
+        check(module)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        assert torch.autograd.forward_ad.unpack_dual(packed(dual)).tangent is not None
+
+
+def test_other_tensors_are_torchs_affair(packed, linear):
+    x = torch.randn(4, 300)
+    with torch.no_grad():
+        assert torch.equal(packed(x.to_sparse()), linear(x.to_sparse()))
+        assert torch.equal(torch.jit.script(packed)(x), linear(x))
+    assert "linear" in str(torch.fx.symbolic_trace(packed).graph)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert packed(mode.from_tensor(x)).shape == (4, 70)
+
+
+def test_loading_where_torch_swaps_tensors(packed):
+    check(packed)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        packed.load_state_dict({k: 2 * v for k, v in packed.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    check(packed)
 
 
 def test_from_float_takes_nn_linear_alone(packed):

@@ -98,3 +98,29 @@ def test_compiled_and_exported(folded):
         expected = F.relu(F.conv2d(x, folded.weight, folded.bias, padding=1))
         torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(exported(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_traced_after_a_copy(folded):
+    module, x = copy.deepcopy(folded), torch.randn(2, 32, 12, 12)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, x)
+        assert "conv_relu_pack" not in str(traced.graph)
+        assert torch.equal(traced(x), module(x))
+
+
+def test_a_gradient_for_the_weight_is_refused_too(folded):
+    folded.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="inference only"):
+        folded(torch.randn(1, 32, 12, 12)).sum().backward()
+
+
+@pytest.mark.parametrize("kernel", [{"kernel_size": 1}, {"kernel_size": 3, "dilation": 2}], ids=str)
+def test_packed_in_another_dtype_than_autocasts(kernel):
+    # Pairs of bfloat16 and floats, packed to one size: the bits of one are not the other's.
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(1, 32, **kernel), nn.BatchNorm2d(32), nn.ReLU()).eval()
+    snapshot = tw.weld(stock, inference=True)
+    x = torch.randn(2, 1, 24, 24).to(memory_format=torch.channels_last)
+    x = x.as_strided(x.shape, (576, 1, 24, 1))  # one channel: both orders are one
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(snapshot(x), stock(x), atol=0.05, rtol=0.05)

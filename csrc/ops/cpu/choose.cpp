@@ -72,7 +72,8 @@ const ConvolutionAlgorithm* choose_folded(const ConvolutionShape& shape, int64_t
                     {"dense", rule::dense_folded}});
   if (!chosen || packed_size == 0) return chosen;
   // The size says which: where two algorithms pack one weight to the same size, their bytes are the
-  // same too.
+  // same too. What was packed in another dtype, as it is under autocast, has a size of its own or
+  // serves both.
   const ConvolutionAlgorithm* packed_for = choose(
       shape, is_packed_for, {{"depthwise", always}, {"winograd", always}, {"dense", always}});
   return packed_for ? packed_for : chosen;

@@ -234,8 +234,10 @@ class DenseConvolution final : public ConvolutionAlgorithm {
     return s.groups == 1 && !(input && strided && dilated) && !is_dilated_beyond_image(s);
   }
 
+  // Other layouts are whole groups of columns: the odd float says that this one holds bfloat16.
   int64_t packed_size(const ConvolutionShape& s) const override {
-    return dense::packed_size(s.out_channels, Plan(s, {.pixels = 1}).packed_steps());
+    const int64_t odd = s.dtype == kernels::DType::bfloat16 ? 1 : 0;
+    return dense::packed_size(s.out_channels, Plan(s, {.pixels = 1}).packed_steps()) + odd;
   }
 
   void pack(const ConvolutionShape& s, const float* weight, float* packed) const override {
@@ -251,6 +253,7 @@ class DenseConvolution final : public ConvolutionAlgorithm {
   }
   void pack(const ConvolutionShape& s, const BFloat16* weight, float* packed) const override {
     dense::pack(Plan(s, {.pixels = 1}), weight, packed);
+    packed[packed_size(s) - 1] = 0;
   }
 
   void forward(const ConvolutionShape& shape, const ConvolutionForward& pass) const override {

@@ -154,7 +154,7 @@ def folded(
             padded, conv.weight, conv._pack(), conv.bias, residual, conv.stride, padding,
             conv.dilation, conv.groups, activation, negative_slope,
         )  # fmt: skip
-        return inference_only(fused_output, padded, residual)
+        return inference_only(fused_output, padded, conv.weight, conv.bias, residual)
     else:
         output = conv(input)
     return _finish(output, residual, activation, negative_slope)

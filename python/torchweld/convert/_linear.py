@@ -15,7 +15,7 @@ def pack_linears(snapshot: nn.Module) -> None:
     for module in snapshot.modules():
         if _gains(module):
             module.__class__ = PackedLinear
-            PackedLinear.start(module)  # type: ignore[arg-type]
+            PackedLinear._start(module)  # type: ignore[arg-type]
 
 
 def _gains(module: nn.Module) -> bool:

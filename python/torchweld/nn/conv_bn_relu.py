@@ -12,7 +12,7 @@ from torchweld.nn.functional import (
     _pad,
     conv_bn_relu,
 )
-from torchweld.nn.packed_weight import packed_weight
+from torchweld.nn.packed_weight import packed_weight, without_pack
 from torchweld.ops.conv_bn_relu import inference_only
 
 ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
@@ -279,7 +279,7 @@ class ConvReLU2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies pack their own weight."""
-        return {k: v for k, v in self.__dict__.items() if k != "_packed_from"}
+        return without_pack(self.__dict__)
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         """Compute the block; a gradient through it raises RuntimeError in the backward."""
@@ -295,7 +295,7 @@ class ConvReLU2d(nn.Module):
             self.dilation, self.groups, self.activation, self.negative_slope,
         )  # fmt: skip
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            output = inference_only(output, input, residual)
+            output = inference_only(output, input, self.weight, self.bias, residual)
         return output
 
     def extra_repr(self) -> str:

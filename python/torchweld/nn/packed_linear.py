@@ -1,12 +1,13 @@
 """A linear layer by the product of the convolutions."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from torchweld.nn.packed_weight import packed_weight
+from torchweld.nn.packed_weight import packed_weight, without_pack
 
 # Weights a layer must have: below, the call takes longer than what is gained.
 SMALLEST = 1 << 18
@@ -19,11 +20,13 @@ class PackedLinear(nn.Linear):
     which the vendor's product is slow. It keeps the weight once more as the kernels read it,
     ``packed_weight``, which is in no state_dict and is packed again when the weight changes (but
     for writes through ``weight.data``). Everything else is ``nn.Linear``'s: so are other devices
-    and dtypes, autocast, ``torch.compile``, ``torch.export``, and calls that need a gradient.
-    Built by :meth:`from_float`.
+    and dtypes, autocast, ``torch.compile``, ``torch.export``, ``torch.func``, and calls that need a
+    gradient. ``torch.jit.trace`` records the packed weight as it is then, for inputs of as many
+    dimensions: load a state_dict before. Built by :meth:`from_float`.
 
     Note:
-        Accumulates in float32. Same bits for any number of threads and rows.
+        Accumulates in float32. Where the weight is packed (a rule leaves some shapes to the
+        vendor), the bits are the same for any number of threads and rows.
 
     Example:
         >>> import torch, torchweld as tw
@@ -50,20 +53,17 @@ class PackedLinear(nn.Linear):
             )
         packed = cls(linear.in_features, linear.out_features, device="meta")
         packed.weight, packed.bias = linear.weight, linear.bias
-        packed.start()
+        packed._start()
         return packed.train(linear.training)
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Pack for the first time, before anybody traces a call."""
         self.register_buffer("packed_weight", torch.empty(0), persistent=False)
-        self._packed()
-
-    def _packed(self) -> Tensor | None:
-        return packed_weight(self, self.weight, [1, 1], [0, 0], [1, 1], 1)
+        self._pack()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies pack their own weight."""
-        return {k: v for k, v in self.__dict__.items() if k != "_packed_from"}
+        return without_pack(self.__dict__)
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute ``input @ weight.T + bias``.
@@ -74,9 +74,14 @@ class PackedLinear(nn.Linear):
         Returns:
             ``[..., out_features]``.
         """
-        packed = self._pack(input)
-        if packed is None or packed.untyped_storage().nbytes() == 0:  # which no trace records
-            return F.linear(input, self.weight, self.bias)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            packed = self._pack() if self._takes(input) else None
+            if packed is not None and packed.untyped_storage().nbytes() > 0:
+                return self._multiply(input, packed)
+        return F.linear(input, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _multiply(self, input: Tensor, packed: Tensor) -> Tensor:
         one, none = [1, 1], [0, 0]
         image = input.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
         output: Tensor = torch.ops.torchweld.conv_relu(
@@ -85,16 +90,25 @@ class PackedLinear(nn.Linear):
         )  # fmt: skip
         return output.permute(0, 2, 3, 1).reshape([*input.shape[:-1], self.out_features])
 
-    def _pack(self, input: Tensor) -> Tensor | None:
+    @torch.jit.unused
+    def _pack(self) -> Optional[Tensor]:  # noqa: UP045
+        return packed_weight(self, self.weight, [1, 1], [0, 0], [1, 1], 1)
+
+    @torch.jit.unused
+    def _takes(self, input: Tensor) -> bool:
+        """Whether this call is one of a plain float32 tensor on the CPU, and wants no gradient."""
         tensors = (input, self.weight) if self.bias is None else (input, self.weight, self.bias)
+        if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
+            return False
+        if input.layout != torch.strided or input.is_nested:
+            return False
         if any(x.dtype != torch.float32 or not x.is_cpu for x in tensors):
-            return None
-        # A trace keeps no answer about sizes; one that does not fit fails in reshape there.
-        is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-        if not is_tracing and (input.dim() == 0 or input.shape[-1] != self.in_features):
-            return None
-        if torch.is_autocast_enabled("cpu"):
-            return None
+            return False
+        if torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
+            return False
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return None
-        return self._packed()
+            return False
+        # A trace keeps no answer about sizes; one that does not fit fails in reshape there.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return True
+        return input.dim() > 0 and input.shape[-1] == self.in_features and input.numel() > 0

@@ -1,10 +1,12 @@
 """A weight kept once more as the kernels read it."""
 
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import List, Optional  # noqa: UP035
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def packed_weight(
@@ -25,18 +27,45 @@ def packed_weight(
         dilation: the convolution's.
         groups: the convolution's.
     """
-    if torch.compiler.is_compiling():
-        return None  # a graph would keep it when the weight changes
+    # A graph would keep it when the weight changes, and what transforms functions wraps tensors.
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
     # Where writes are not counted they cannot be seen.
     if not weight.is_cpu or weight.is_inference():
         return None
-    packed_from, version = module.__dict__.get("_packed_from", (None, -1))
-    if packed_from is None or packed_from() is not weight or version != weight._version:
-        with torch.no_grad():
-            module.packed_weight = torch.ops.torchweld.conv_relu_pack(
+    # The weak reference keeps the address of a storage from being used again. One to the tensor
+    # would keep torch from swapping it.
+    storage = weight.untyped_storage()
+    packed_from = id(weight), storage._cdata, weight._version
+    if module.__dict__.get("_packed_from") != packed_from:
+        with torch.no_grad(), _untraced() as is_tracing:
+            packed = torch.ops.torchweld.conv_relu_pack(
                 weight if weight.dim() == 4 else weight[:, :, None, None],
                 stride, padding, dilation, groups,
             )  # fmt: skip
-        module.__dict__["_packed_from"] = weakref.ref(weight), weight._version
-    packed: Tensor = module.packed_weight  # type: ignore[assignment]
-    return packed
+            if is_tracing and packed.shape == module.packed_weight.shape:
+                module.packed_weight.copy_(packed)  # type: ignore[operator]
+            else:
+                module.packed_weight = packed
+        module.__dict__.update(_packed_from=packed_from, _storage=StorageWeakRef(storage))
+    result: Tensor = module.packed_weight  # type: ignore[assignment]
+    return result
+
+
+def without_pack(state: dict[str, object]) -> dict[str, object]:
+    """Return what a copy of a module takes: it packs its own weight."""
+    return {k: v for k, v in state.items() if k not in ("_packed_from", "_storage")}
+
+
+@contextmanager
+def _untraced() -> Iterator[bool]:
+    """Keep what is done once out of a graph that torch.jit.trace is recording, if it is."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield False
+        return
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield True
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
