@@ -12,7 +12,7 @@ from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
 from torchweld.optim import _arguments, _distributed, _state
-from torchweld.optim._observed import Observed
+from torchweld.optim._observed import Observed, Report
 from torchweld.optim._plan import Plan
 
 
@@ -127,7 +127,8 @@ class AdamW(Observed, torch.optim.AdamW):
 
     _plan: Plan | None = None
     _zero: Any = None  # the ZeroRedundancyOptimizer that this is a part of
-    _report: Tensor | None = None  # what _adamw_run returned; see csrc/ops/schema.cpp
+    _fixed_ids: dict[Tensor, int] = {}  # noqa: RUF012  # what a copy keeps of _zero's
+    _report: Tensor | None = None
     _has_norm = False  # whether the norm was needed
     # Set and read by torchweld.amp.GradScaler around its step.
     _loss_scale: Tensor | None = None
@@ -169,7 +170,7 @@ class AdamW(Observed, torch.optim.AdamW):
             )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self._seed = seed
+        self._seed = _arguments.check_seed(seed)
         self._skipped: Tensor | float = 0.0
         super().__init__(
             params,
@@ -197,7 +198,7 @@ class AdamW(Observed, torch.optim.AdamW):
 
     @seed.setter
     def seed(self, value: int) -> None:
-        self._seed = value
+        self._seed = _arguments.check_seed(value)
         for group in self.param_groups:
             group.pop("seed", None)
         self._complete_groups()
@@ -209,7 +210,9 @@ class AdamW(Observed, torch.optim.AdamW):
         None before the first step and where nothing asked for it: neither ``max_grad_norm`` nor
         ``skip_nonfinite`` nor :meth:`observe` nor a scaler.
         """
-        return self._report[0] if self._report is not None and self._has_norm else None
+        if self._report is None or not self._has_norm:
+            return None
+        return Report.of(self._report).grad_norm
 
     @property
     def skipped_steps(self) -> int:
@@ -234,10 +237,7 @@ class AdamW(Observed, torch.optim.AdamW):
                     "torchweld.optim.AdamW steps all parameters at once: "
                     "expected each parameter once, got one twice"
                 )
-            if group["amsgrad"] and self._format.state == _state.INT8:
-                raise ValueError(
-                    'torchweld.optim.AdamW: amsgrad does not go with state_dtype="int8"'
-                )
+            _arguments.check_amsgrad([group], self._format)
             for param in group["params"]:
                 self._format.of(param)
         except ValueError:
@@ -279,13 +279,14 @@ class AdamW(Observed, torch.optim.AdamW):
 
         It is converted to the dtypes this optimizer was made with. Loading 8-bit states into an
         optimizer that keeps them so loses nothing; other conversions lose what the narrower dtype
-        cannot hold, as does an ``amsgrad`` state loaded where there is none.
+        cannot hold.
 
         Args:
             state_dict: what :meth:`state_dict` or torch's returned.
 
         Raises:
-            ValueError: the param groups do not match.
+            ValueError: the param groups do not match, or have ``amsgrad`` where the states are in
+                8 bits; nothing has been loaded then.
         """
         # After the hooks of the user, who is to see tensors.
         hook = self.register_load_state_dict_pre_hook(_state.keep_tensors)
@@ -296,9 +297,12 @@ class AdamW(Observed, torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k in _ATTRIBUTES}
+        if self._zero is not None:  # which does not go along: torch's cannot be copied
+            kept["_fixed_ids"] = self._ids()
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        _arguments.check_amsgrad(state["param_groups"], state.get("_format") or self._format)
         super().__setstate__(state)
         self._plan = None
         self._complete_groups()
@@ -337,7 +341,7 @@ class AdamW(Observed, torch.optim.AdamW):
             plan = self._plan = Plan(self)
         grads, which = plan.gradients()
         scaled = self._loss_scale is not None
-        if scaled and plan.has_float16:
+        if scaled and any(grad.dtype is torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients.")
         may_skip = scaled or self.skip_nonfinite
         self._has_norm = may_skip or self._statistics or self.max_grad_norm is not None
@@ -347,17 +351,19 @@ class AdamW(Observed, torch.optim.AdamW):
             for grad in grads:
                 _arguments.refuse_sparse(grad)
             raise
+        self._has_statistics = self._statistics
         if may_skip:
-            self._skipped = self._skipped + self._report[1]
-        if scaled and grads:
-            self._found_inf = self._report[1].float()
+            skipped = Report.of(self._report).skipped
+            self._skipped = self._skipped + skipped
+            if scaled and grads:
+                self._found_inf = skipped.float()
         if torch.__future__.get_swap_module_params_on_conversion():
             self._plan = None  # torch swaps only tensors that nobody else holds
         return loss
 
     def _run(self, plan: Plan, grads: list[Tensor], which: list[int]) -> Tensor:
         if not grads:
-            return torch.zeros(5, dtype=torch.float64)
+            return torch.zeros(len(Report._fields), dtype=torch.float64)
         run = plan.run_in_parts if self._statistics and plan.is_sharded else plan.run
         return run(
             grads,
@@ -394,7 +400,7 @@ class AdamW(Observed, torch.optim.AdamW):
         """Return what parameters are told apart by in random bits: their places among all."""
         if self._zero is not None:  # which gives this process some of them
             return dict(self._zero._param_to_index)
-        return {param: number for number, param in self._numbered()}
+        return {**{param: number for number, param in self._numbered()}, **self._fixed_ids}
 
     def _numbered(self) -> list[tuple[int, Tensor]]:
         return list(enumerate(p for group in self.param_groups for p in group["params"]))
@@ -436,4 +442,6 @@ _ATTRIBUTES = (
     "_shadows",
     "_report",
     "_has_norm",
+    "_has_statistics",
+    "_fixed_ids",
 )
