@@ -28,7 +28,8 @@ class GradScaler(torch.amp.GradScaler):
 
     Note:
         The gradients stay scaled after :meth:`step`; call :meth:`unscale_` first to look at them
-        or to change them, or give ``max_grad_norm`` to the optimizer to clip them.
+        or to change them, or give ``max_grad_norm`` to the optimizer to clip them. A skipped step
+        is a call of the optimizer's ``step`` that writes nothing, so that its hooks run.
 
     Example:
         >>> import torch, torchweld as tw
@@ -62,6 +63,7 @@ class GradScaler(torch.amp.GradScaler):
         if state["stage"] is not OptState.READY:
             return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")
+        # By way of step() itself, which hooks, schedulers and subclasses wrap.
         optimizer._loss_scale, optimizer._found_inf = self._scale, None
         try:
             result: float | None = optimizer.step(*args, **kwargs)

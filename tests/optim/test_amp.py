@@ -142,3 +142,30 @@ def test_disabled_it_only_steps():
     optimizer = tw.optim.AdamW([param])
     tw.amp.GradScaler("cpu", enabled=False).step(optimizer)
     assert optimizer.state[param]["step"] == 1
+
+
+def test_a_half_parameter_without_a_gradient_is_no_obstacle():
+    half = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = tw.optim.AdamW([half, param])
+    half.grad = torch.ones_like(half)
+    param.grad = torch.ones_like(param)
+    optimizer.step()  # both have states now
+    half.grad = None
+    scaler = tw.amp.GradScaler("cpu")
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    assert optimizer.state[param]["step"] == 2
+    assert optimizer.state[half]["step"] == 1
+
+
+def test_hooks_run_in_a_skipped_step():
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = tw.optim.AdamW([param])
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    scaler = tw.amp.GradScaler("cpu")
+    scaler.scale(param.sum() * math.inf).backward()
+    scaler.step(optimizer)
+    assert calls == [1]
+    assert optimizer.skipped_steps == 1

@@ -297,3 +297,45 @@ def test_codes_stay_in_their_order_when_the_parameter_changes_its():
     optimizer.step()
     twin.step()
     torch.testing.assert_close(param, twin.param_groups[0]["params"][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["stochastic, int8", "kahan, int8", "split, int8", "kahan"])
+def test_a_model_that_becomes_bfloat16_keeps_small_updates(name):
+    options = {"state_dtype": BFLOAT16, **FORMATS[name]}
+    param = torch.nn.Parameter(torch.ones(4096))
+    param.grad = torch.ones(4096)
+    optimizer = tw.optim.AdamW([param], lr=1e-4, weight_decay=0.0, **options)
+    optimizer.step()
+    for tensor in (param, param.grad):
+        tensor.data = tensor.data.bfloat16()  # as module.bfloat16() does
+    for _ in range(100):
+        optimizer.step()
+    state = optimizer.state[param]
+    assert ("compensation" in state) == ("kahan" in name)
+    assert ("remainder" in state) == ("split" in name)
+    moved = 1 - full(param, state).mean().item()
+    assert moved == pytest.approx(1e-2, rel=0.1)  # 0 if each is rounded to nearest
+
+
+@pytest.mark.parametrize("name", ["stochastic, int8", "kahan, int8", "split, int8"])
+def test_a_model_that_becomes_float32_drops_low_bits(name):
+    param = parameter(600, dtype=BFLOAT16)
+    optimizer = tw.optim.AdamW([param], **FORMATS[name])
+    optimizer.step()
+    for tensor in (param, param.grad):
+        tensor.data = tensor.data.float()
+    before = param.detach().clone()
+    optimizer.step()
+    assert set(optimizer.state[param]) == {"step"} | CODES
+    assert (param != before).all()
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match=f"Invalid seed value: {seed}"):
+        tw.optim.AdamW([parameter(3)], seed=seed)
+    optimizer = tw.optim.AdamW([parameter(3, dtype=BFLOAT16)], kahan=True, seed=2**63 - 1)
+    optimizer.step()
+    with pytest.raises(ValueError, match=f"Invalid seed value: {seed}"):
+        optimizer.seed = seed
+    assert optimizer.seed == 2**63 - 1

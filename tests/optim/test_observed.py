@@ -164,3 +164,40 @@ def test_bad_choices():
         optimizer.observe(average=1.5)
     with pytest.raises(ValueError, match=r"Invalid shadow value: torch\.float16"):
         optimizer.observe(shadow=torch.float16)
+
+
+def test_a_step_that_was_not_observed_has_no_statistics():
+    _, optimizer = made(max_grad_norm=1.0)
+    optimizer.step()
+    optimizer.observe(statistics=True)
+    assert optimizer.statistics is None
+    assert optimizer.grad_norm is not None
+    optimizer.step()
+    assert optimizer.statistics is not None
+
+
+def test_an_average_begins_anew_where_it_missed_steps():
+    params, optimizer = made(lr=0.1)
+    optimizer.observe(average=0.9)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    kept = optimizer.average(params[0]).clone()
+    optimizer.observe()
+    for _ in range(50):
+        optimizer.step()
+    assert "average" not in optimizer.state[params[0]]
+    optimizer.observe(average=0.9)
+    assert torch.equal(optimizer.average(params[0]), params[0])
+    before = params[0].detach().clone()
+    optimizer.step()
+    expected = before + 0.1 * (params[0].detach() - before)
+    torch.testing.assert_close(optimizer.average(params[0]), expected)
+
+    params, resumed = made(lr=0.1)
+    saved["state"][0]["average"] = kept.clone()
+    resumed.load_state_dict(saved)
+    resumed.observe(average=0.9)
+    assert torch.equal(resumed.average(params[0]), kept)
+    resumed.step()
+    expected = kept + 0.1 * (params[0].detach() - kept)
+    torch.testing.assert_close(resumed.average(params[0]), expected)

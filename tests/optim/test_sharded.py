@@ -1,5 +1,7 @@
 """Which part of a parameter a process holds, and that random bits are those of the whole."""
 
+import copy
+
 import pytest
 import torch
 import torchweld as tw
@@ -131,5 +133,80 @@ def test_zero_redundancy_optimizer_and_clipping(tmp_path):
         optimizer = ZeroRedundancyOptimizer([param], tw.optim.AdamW, lr=0.1, kahan=True)
         optimizer.step()
         assert optimizer.optim.state[param]["step"] == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_sharded_parts_are_all_checked_before_any_is_stepped(mesh):
+    shard = distribute_tensor(parameter(8, 6).detach(), mesh, [Shard(0)] * 2, src_data_rank=None)
+    good, bad = nn.Parameter(shard), parameter(5)
+    good.grad = distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)] * 2, src_data_rank=None)
+    optimizer = tw.optim.AdamW([good, bad])
+    optimizer.observe(statistics=True)
+    optimizer.step()
+    step, moment = (optimizer.state[good][name] for name in ("step", "exp_avg"))
+    before = good.to_local().clone(), step.clone(), moment.to_local().clone()
+    right = optimizer.state[bad]["exp_avg"]
+    optimizer.state[bad]["exp_avg"] = torch.ones(7)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="expected"):
+            optimizer.step()
+    after = good.to_local(), step, moment.to_local()
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    optimizer.state[bad]["exp_avg"] = right
+    optimizer.step()
+    assert step == 2
+    assert optimizer.statistics.update_norm > 0
+
+
+def test_who_raises_takes_part_in_the_sums(mesh, monkeypatch):
+    shard = distribute_tensor(parameter(8, 6).detach(), mesh, [Shard(0)] * 2, src_data_rank=None)
+    param = nn.Parameter(shard)
+    param.grad = distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)] * 2, src_data_rank=None)
+    other = parameter(5)
+    optimizer = tw.optim.AdamW([param, other])
+    optimizer.observe(statistics=True)
+    reduced = []
+    reduce = _distributed.reduce_sum
+    monkeypatch.setattr(
+        _distributed, "reduce_sum", lambda *args: reduced.append(1) or reduce(*args)
+    )
+    optimizer.step()
+    calls = len(reduced)
+    optimizer.state[other]["exp_avg"] = torch.ones(7)
+    with pytest.raises(RuntimeError, match="expected"):
+        optimizer.step()
+    assert len(reduced) == 2 * calls
+
+
+def test_torch_may_rename_what_is_its_own(monkeypatch):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    monkeypatch.delattr(ZeroRedundancyOptimizer, "_init_local_optimizer")
+    assert tw.optim.AdamW([parameter(3)])._zero is None
+
+
+def test_a_copy_of_a_zero_redundancy_optimizers_part(tmp_path):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        params = [parameter(n, dtype=BFLOAT16, seed=n) for n in (300, 900)]
+        zero = ZeroRedundancyOptimizer(params, tw.optim.AdamW, lr=0.1, stochastic_rounding=True)
+        zero.step()
+        first = zero.optim
+        held = first.param_groups[0]["params"]
+        zero._param_to_index_cache = {params[0]: 7, params[1]: 3}  # as where there are more
+        first._plan = None
+        second = copy.deepcopy(first)
+        assert list(second._ids().values()) == [first._ids()[p] for p in held]
+        for p, q in zip(held, second.param_groups[0]["params"], strict=True):
+            q.grad = p.grad.clone()
+        first.step()
+        second.step()
+        for p, q in zip(held, second.param_groups[0]["params"], strict=True):
+            assert torch.equal(p, q)
     finally:
         torch.distributed.destroy_process_group()

@@ -200,3 +200,24 @@ def test_amsgrad_loaded_without_and_the_other_way():
     third.param_groups[0]["amsgrad"] = True
     third.step()
     assert (third.state[params_of(third)[0]]["max_exp_avg_sq"] > 0).any()
+
+
+def test_amsgrad_is_never_dropped_beside_int8():
+    params = params_of(made("plain", steps=0))
+    stock = torch.optim.AdamW(params, amsgrad=True, fused=True)
+    stock.step()
+    second = made("int8")
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(ValueError, match='amsgrad does not go with state_dtype="int8"'):
+        second.load_state_dict(stock.state_dict())
+    assert_same_state(second.state_dict(), before)
+    assert second.state_dict()["param_groups"] == before["param_groups"]
+    second.param_groups[0]["amsgrad"] = True
+    weights = [p.detach().clone() for p in params_of(second)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match='amsgrad does not go with state_dtype="int8"'):
+            second.step()
+    assert_same_state(second.state_dict(), before)
+    assert all(torch.equal(p, w) for p, w in zip(params_of(second), weights, strict=True))
+    second.param_groups[0]["amsgrad"] = False
+    second.step()

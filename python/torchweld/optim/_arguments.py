@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def format_of(
             "updates of bfloat16 parameters; choose one"
         )
     return _state.Format(states[state_dtype], next(iter(chosen.values()), _state.NEAREST))
+
+
+def check_amsgrad(groups: Iterable[dict[str, Any]], form: _state.Format) -> None:
+    if form.state == _state.INT8 and any(group.get("amsgrad") for group in groups):
+        raise ValueError('torchweld.optim.AdamW: amsgrad does not go with state_dtype="int8"')
+
+
+def check_seed(seed: int) -> int:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"Invalid seed value: {seed}, expected a signed 64-bit integer")
+    return seed
 
 
 def hyperparameters(groups: list[dict[str, Any]]) -> list[float]:

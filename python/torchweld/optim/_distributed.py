@@ -118,7 +118,9 @@ def enclosing_zero() -> Any:
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
         return None
-    code = module.ZeroRedundancyOptimizer._init_local_optimizer.__code__
+    # torch's own affair: where it goes by another name, nobody is found.
+    init = getattr(module.ZeroRedundancyOptimizer, "_init_local_optimizer", None)
+    code = getattr(init, "__code__", None)
     frame = sys._getframe(1)
     # Locals only of the one frame: to look at them keeps them alive until it ends.
     while frame is not None and frame.f_code is not code:

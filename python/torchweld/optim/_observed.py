@@ -31,24 +31,39 @@ class Statistics(NamedTuple):
     nonfinite: Tensor
 
 
+class Report(NamedTuple):
+    """What _adamw_run returns; see csrc/ops/schema.cpp."""
+
+    grad_norm: Tensor
+    skipped: Tensor
+    update_norm: Tensor
+    lost: Tensor
+    nonfinite: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> Report:
+        return cls(*values.unbind())
+
+
 class Observed:
     """The part of an optimizer that users reach it through."""
 
     state: Any
     _plan: Plan | None
-    _report: Tensor | None  # what _adamw_run returned; see csrc/ops/schema.cpp
+    _report: Tensor | None  # a Report in one tensor, which is cheaper to keep
 
     _statistics: bool = False
+    _has_statistics = False  # whether the last step was asked for them
     _average: float | None = None
     _shadows: dict[Tensor, Tensor] | None = None
 
     @property
     def statistics(self) -> Statistics | None:
-        """Statistics of the last step; None before the first and unless :meth:`observe` is told."""
-        if self._report is None or not self._statistics:
+        """Statistics of the last step; None unless :meth:`observe` was told before that step."""
+        if self._report is None or not (self._statistics and self._has_statistics):
             return None
-        norm, _, update_norm, lost, nonfinite = self._report.unbind()
-        return Statistics(norm, update_norm, lost, nonfinite)
+        seen = Report.of(self._report)
+        return Statistics(seen.grad_norm, seen.update_norm, seen.lost, seen.nonfinite)
 
     def observe(
         self,
@@ -69,6 +84,7 @@ class Observed:
                 :math:`a \leftarrow a + (1 - d)(p - a)`; see :meth:`average`. It is in the
                 ``state_dict``, in float32 (float64 and complex beside such parameters). With
                 ``kahan`` and ``split_master`` it is that of the weights with their lower bits.
+                A loaded one goes on; one that was not asked for in a step is dropped by that step.
             shadow: ``torch.bfloat16``, to keep a copy of every real parameter in that dtype,
                 rounded to nearest; see :meth:`shadow`. It is not in the ``state_dict``.
 
@@ -133,7 +149,9 @@ class Observed:
         return shadow
 
     def _begin_average(self, param: Tensor, state: _state.State) -> None:
-        if self._average is not None and "average" not in state:
+        if self._average is None:
+            state.pop("average", None)  # it would not have seen this step
+        elif "average" not in state:
             state["average"] = _copy(param, _state.average_dtype(param))
 
     def _shadow_of(self, param: Tensor) -> Tensor | None:

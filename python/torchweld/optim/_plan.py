@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchweld.optim import _distributed, _state
+from torchweld.optim import _arguments, _distributed, _state
+from torchweld.optim._observed import Report
 
 if TYPE_CHECKING:
     from torchweld.optim.adamw import AdamW
@@ -38,9 +39,11 @@ class Plan:
 
     def __init__(self, optimizer: AdamW) -> None:
         groups = optimizer.param_groups
+        _arguments.check_amsgrad(groups, optimizer._format)
         self.params: list[Tensor] = []
         self._idle: list[Tensor] = []  # no gradient so far
         self._all = _parameters(groups)
+        self._dtypes = [param.dtype for param in self._all]
         self._sizes = [len(group["params"]) for group in groups]
         self._amsgrad = [group["amsgrad"] for group in groups]
         self._tensors: list[Tensor] = []
@@ -59,7 +62,6 @@ class Plan:
         self.is_sharded = bool(self._sharded)
         self._local_parts = [_distributed.local(x) for x in self._sharded]
         self._reductions = [_distributed.reduction(param) for param in self.params]
-        self.has_float16 = any(p.dtype is torch.float16 for p in self.params)
         self._keys = list(optimizer.state)
         self._values = _values(optimizer.state)
         self._check_devices()
@@ -78,6 +80,11 @@ class Plan:
             and all(param.grad is None for param in self._idle)
             and _same(list(state), self._keys)
             and _same(_values(state), self._values)
+            # A plain format does with any dtype; the others differ from one to the next.
+            and (
+                not optimizer._format.is_random
+                or _same([param.dtype for param in self._all], self._dtypes)
+            )
             and (
                 not self._sharded
                 or _same([_distributed.local(x) for x in self._sharded], self._local_parts)
@@ -123,17 +130,33 @@ class Plan:
     ) -> Tensor:
         """Do one step, and return the statistics of all processes' parameters.
 
-        What is sharded alike goes together, since its sums are reduced together.
+        What is sharded alike goes together, since its sums are reduced together. A process whose
+        step raises takes part in the sums all the same: the others wait for it there.
         """
-        total = torch.zeros(4, dtype=torch.float64)
-        for reduction, (part, places) in self._parts(grads, which).items():
-            report = self.run(part, places, *arguments)
-            size = sum(grad.numel() for grad in part)
-            sums = torch.stack([report[2].square(), report[3] * size, report[4]])
-            sums = torch.cat([sums, sums.new_tensor([size])])
-            total += _distributed.reduce_sum(sums, reduction)
+        parts = self._parts(grads, which)
+        sums = {reduction: torch.full((4,), torch.nan, dtype=torch.float64) for reduction in parts}
+        try:
+            if len(parts) > 1:
+                self._check(grads, which, *arguments)
+            for reduction, (part, places) in parts.items():
+                seen = Report.of(self.run(part, places, *arguments))
+                size = torch.tensor(sum(grad.numel() for grad in part), dtype=torch.float64)
+                values = (seen.update_norm.square(), seen.lost * size, seen.nonfinite, size)
+                sums[reduction] = torch.stack(values)
+        finally:
+            total = torch.zeros(4, dtype=torch.float64)
+            for reduction, values_of_part in sums.items():
+                total += _distributed.reduce_sum(values_of_part, reduction)
         squares, lost, nonfinite, size = total
-        return torch.stack([*report[:2], squares.sqrt(), lost / size.clamp(min=1), nonfinite])
+        return torch.stack(
+            [seen.grad_norm, seen.skipped, squares.sqrt(), lost / size.clamp(min=1), nonfinite]
+        )
+
+    def _check(self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any) -> None:
+        """Raise what the step would: run one to be skipped, which checks everything first."""
+        hyper, max_grad_norm, loss_scale, sum_of_squares, _, *rest = arguments
+        nan = torch.full_like(sum_of_squares, torch.nan)
+        self._run(self._handle, grads, which, hyper, max_grad_norm, loss_scale, nan, True, *rest)
 
     def _parts(
         self, grads: Sequence[Tensor], which: Sequence[int]

@@ -68,7 +68,10 @@ def create(param: Tensor, form: Format, amsgrad: bool) -> State:
 
 
 def complete(state: State, param: Tensor, form: Format, amsgrad: bool) -> None:
-    """Add what a format needs and a state has not."""
+    """Add what a format needs and a state has not, and drop low bits that it has no use for."""
+    for rounding, (name, _) in _COMPENSATION.items():
+        if rounding != form.rounding:
+            state.pop(name, None)  # of a parameter that was bfloat16
     if form.state == INT8:
         part = _distributed.local(param)
         for name in _CODED:

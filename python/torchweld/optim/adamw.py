@@ -12,11 +12,12 @@ from torch.optim import optimizer
 from torch.optim.optimizer import ParamsT
 
 from torchweld.optim import _arguments, _distributed, _state
-from torchweld.optim._observed import Observed
+from torchweld.optim._observed import Observed, Report
 from torchweld.optim._plan import Plan
+from torchweld.optim._saved import Saved
 
 
-class AdamW(Observed, torch.optim.AdamW):
+class AdamW(Observed, Saved):
     r"""AdamW in one pass over memory, with clipping by the global norm inside the step.
 
     A :class:`torch.optim.AdamW` in all else, unless more is asked for: the same arguments,
@@ -126,8 +127,7 @@ class AdamW(Observed, torch.optim.AdamW):
     skip_nonfinite: bool
 
     _plan: Plan | None = None
-    _zero: Any = None  # the ZeroRedundancyOptimizer that this is a part of
-    _report: Tensor | None = None  # what _adamw_run returned; see csrc/ops/schema.cpp
+    _report: Tensor | None = None
     _has_norm = False  # whether the norm was needed
     # Set and read by torchweld.amp.GradScaler around its step.
     _loss_scale: Tensor | None = None
@@ -169,7 +169,7 @@ class AdamW(Observed, torch.optim.AdamW):
             )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self._seed = seed
+        self._seed = _arguments.check_seed(seed)
         self._skipped: Tensor | float = 0.0
         super().__init__(
             params,
@@ -197,7 +197,7 @@ class AdamW(Observed, torch.optim.AdamW):
 
     @seed.setter
     def seed(self, value: int) -> None:
-        self._seed = value
+        self._seed = _arguments.check_seed(value)
         for group in self.param_groups:
             group.pop("seed", None)
         self._complete_groups()
@@ -209,7 +209,9 @@ class AdamW(Observed, torch.optim.AdamW):
         None before the first step and where nothing asked for it: neither ``max_grad_norm`` nor
         ``skip_nonfinite`` nor :meth:`observe` nor a scaler.
         """
-        return self._report[0] if self._report is not None and self._has_norm else None
+        if self._report is None or not self._has_norm:
+            return None
+        return Report.of(self._report).grad_norm
 
     @property
     def skipped_steps(self) -> int:
@@ -234,85 +236,12 @@ class AdamW(Observed, torch.optim.AdamW):
                     "torchweld.optim.AdamW steps all parameters at once: "
                     "expected each parameter once, got one twice"
                 )
-            if group["amsgrad"] and self._format.state == _state.INT8:
-                raise ValueError(
-                    'torchweld.optim.AdamW: amsgrad does not go with state_dtype="int8"'
-                )
+            _arguments.check_amsgrad([group], self._format)
             for param in group["params"]:
                 self._format.of(param)
         except ValueError:
             del self.param_groups[-1]
             raise
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as :meth:`torch.optim.Optimizer.state_dict` does.
-
-        Float states are under torch's keys in the dtype they are kept in, ``state_dtype="int8"``
-        under keys of their own (``exp_avg_code``, ``exp_avg_scale`` and likewise for
-        ``exp_avg_sq``), ``kahan`` adds ``compensation``, ``split_master`` ``remainder``.
-        8-bit states of a DTensor are given as float32 DTensors under torch's keys, so that they
-        can be loaded into any other sharding: their blocks are made anew then, with the loss of
-        one more rounding to 8 bits. A DTensor's ``remainder`` is given in int32.
-        """
-        saved = super().state_dict()
-        for key, param in self._numbered():
-            if _distributed.is_dtensor(param) and key in saved["state"]:
-                saved["state"][key] = _state.portable(saved["state"][key], param)
-        return saved
-
-    def stock_state_dict(self) -> dict[str, Any]:
-        """Return the state for :class:`torch.optim.AdamW` to load.
-
-        The moments are cast to the dtypes of their parameters, and what torch does not know is
-        left out: the low bits of ``kahan`` and ``split_master``, averages, the seed.
-        """
-        saved = super().state_dict()
-        for key, param in self._numbered():
-            if key in saved["state"]:
-                saved["state"][key] = _state.to_stock(saved["state"][key], param)
-        for group in saved["param_groups"]:
-            group.pop("seed", None)
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of :class:`torch.optim.AdamW`, in whatever dtypes it is.
-
-        It is converted to the dtypes this optimizer was made with. Loading 8-bit states into an
-        optimizer that keeps them so loses nothing; other conversions lose what the narrower dtype
-        cannot hold, as does an ``amsgrad`` state loaded where there is none.
-
-        Args:
-            state_dict: what :meth:`state_dict` or torch's returned.
-
-        Raises:
-            ValueError: the param groups do not match.
-        """
-        # After the hooks of the user, who is to see tensors.
-        hook = self.register_load_state_dict_pre_hook(_state.keep_tensors)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k in _ATTRIBUTES}
-        return {**super().__getstate__(), **kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plan = None
-        self._complete_groups()
-        for param, values in self.state.items():
-            if not isinstance(values, dict) or not isinstance(param, Tensor):
-                continue  # somebody else's, which torch loads as it is
-            for name, value in values.items():
-                if isinstance(value, _state.Kept):
-                    values[name] = value.tensor
-            if isinstance(values.get("step"), Tensor):
-                # torch keeps it in float64 where that is the default dtype, and on the GPU.
-                device = _distributed.local(param).device
-                values["step"] = values["step"].to(device, torch.float32)
-            self.state[param] = _state.adapt(values, param, self._format.of(param))
 
     # One operator is all there is to compile, and dynamo's model of an optimizer loses what a step
     # does to attributes; so torch.compile runs the step as it stands.
@@ -337,7 +266,7 @@ class AdamW(Observed, torch.optim.AdamW):
             plan = self._plan = Plan(self)
         grads, which = plan.gradients()
         scaled = self._loss_scale is not None
-        if scaled and plan.has_float16:
+        if scaled and any(grad.dtype is torch.float16 for grad in grads):
             raise ValueError("Attempting to unscale FP16 gradients.")
         may_skip = scaled or self.skip_nonfinite
         self._has_norm = may_skip or self._statistics or self.max_grad_norm is not None
@@ -347,17 +276,19 @@ class AdamW(Observed, torch.optim.AdamW):
             for grad in grads:
                 _arguments.refuse_sparse(grad)
             raise
+        self._has_statistics = self._statistics
         if may_skip:
-            self._skipped = self._skipped + self._report[1]
-        if scaled and grads:
-            self._found_inf = self._report[1].float()
+            skipped = Report.of(self._report).skipped
+            self._skipped = self._skipped + skipped
+            if scaled and grads:
+                self._found_inf = skipped.float()
         if torch.__future__.get_swap_module_params_on_conversion():
             self._plan = None  # torch swaps only tensors that nobody else holds
         return loss
 
     def _run(self, plan: Plan, grads: list[Tensor], which: list[int]) -> Tensor:
         if not grads:
-            return torch.zeros(5, dtype=torch.float64)
+            return torch.zeros(len(Report._fields), dtype=torch.float64)
         run = plan.run_in_parts if self._statistics and plan.is_sharded else plan.run
         return run(
             grads,
@@ -390,20 +321,6 @@ class AdamW(Observed, torch.optim.AdamW):
 
         return step
 
-    def _ids(self) -> dict[Tensor, int]:
-        """Return what parameters are told apart by in random bits: their places among all."""
-        if self._zero is not None:  # which gives this process some of them
-            return dict(self._zero._param_to_index)
-        return {param: number for number, param in self._numbered()}
-
-    def _numbered(self) -> list[tuple[int, Tensor]]:
-        return list(enumerate(p for group in self.param_groups for p in group["params"]))
-
-    def _complete_groups(self) -> None:
-        if self._format.is_random:
-            for group in self.param_groups:
-                group.setdefault("seed", self._seed)
-
     def _state_of(self, param: Tensor, amsgrad: bool) -> _state.State | None:
         """Return the state a parameter steps with; None if it has none and no gradient."""
         state: _state.State | None = self.state.get(param)
@@ -423,17 +340,3 @@ class AdamW(Observed, torch.optim.AdamW):
             _state.complete(state, param, form, amsgrad)
         self._begin_average(param, state)
         return state
-
-
-_ATTRIBUTES = (
-    "max_grad_norm",
-    "skip_nonfinite",
-    "_format",
-    "_seed",
-    "_skipped",
-    "_statistics",
-    "_average",
-    "_shadows",
-    "_report",
-    "_has_norm",
-)
