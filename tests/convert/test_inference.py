@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 import torchweld as tw
 from torch import nn
+from torchweld.convert import _survey
 
 from tests.convert.models import BasicBlock, Digits, Plain, ResNet
 from tests.convert.test_weld import CASES, assert_near, pair
@@ -125,3 +127,17 @@ def test_a_module_of_the_user_keeps_its_activation():
     x = torch.randn(2, 3, 8, 8)
     for inference in (False, True):
         torch.testing.assert_close(tw.weld(model, inference=inference)(x), model(x))
+
+
+def test_what_is_folded_away_keeps_its_id_until_all_is_surveyed(monkeypatch):
+    fold, replaced = _survey._fold, []
+
+    def watched(owner, unit):
+        replaced.extend(weakref.ref(owner.get_submodule(path)) for path in unit.pair)
+        fold(owner, unit)
+        assert all(module() is not None for module in replaced)
+
+    monkeypatch.setattr(_survey, "_fold", watched)
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3)]
+    tw.weld(nn.Sequential(*blocks).eval(), inference=True)
+    assert len(replaced) == 6

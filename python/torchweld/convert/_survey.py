@@ -21,6 +21,8 @@ CONVERSION = "conv_bn_relu"
 def weld_patterns(model: nn.Module, inference: bool) -> list[Row]:
     """Weld a model in place; return a row for every batch normalization."""
     owners = [*_owners(model, (False,) if inference else (True, False))]
+    # Modules are known by their ids here, which what folding puts in their place must not get.
+    alive = [*model.modules()]
     once = _used_once(model, owners)
     calls = _calls(owners)
     rows: dict[str, Row] = {}  # by names of conv and bn: a parent may have claimed its child's
@@ -43,6 +45,7 @@ def weld_patterns(model: nn.Module, inference: bool) -> list[Row]:
             pair = " + ".join(map(owner.qualified, key)) or owner.path
             if pair not in rows or (converted and not rows[pair].converted):
                 rows[pair] = row
+    del alive
     return [*rows.values(), *_never_seen(model, rows, failed)]
 
 
