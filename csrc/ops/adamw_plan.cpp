@@ -1,7 +1,6 @@
 #include "ops/adamw_plan.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "ops/check.h"
 
@@ -224,22 +223,6 @@ bool still_uniform(const AdamWPlan& plan, AdamWEntry& entry, AtenTensorHandle gr
     entry.data[role] = data;
   }
   return true;
-}
-
-void prefetch(const AdamWPlan& plan, const AdamWEntry& entry, AtenTensorHandle grad) {
-  // A handle is an at::Tensor, a pointer to sizes, dtype and storage. Nothing but these hints rests
-  // on that.
-  const auto ask = [](AtenTensorHandle tensor) {
-    const char* impl;
-    std::memcpy(&impl, tensor, sizeof impl);
-    for (int line = 0; line < 3; ++line) __builtin_prefetch(impl + 64 * line);
-  };
-  ask(grad);
-  for (int role = 0; role < kRoleCount; ++role) {
-    if (entry.tensors[role] < 0) continue;
-    ask(plan.get(entry, role).get());
-    __builtin_prefetch(entry.data[role]);
-  }
 }
 
 }  // namespace torchweld::ops

@@ -91,7 +91,4 @@ void check(const char* op, AdamWPlan& plan, AdamWEntry& entry, const Tensor& gra
 bool still_uniform(const AdamWPlan& plan, AdamWEntry& entry, AtenTensorHandle grad,
                    const void** grad_data);
 
-// Asks for the memory that still_uniform will look at, and for some of what the step will.
-void prefetch(const AdamWPlan& plan, const AdamWEntry& entry, AtenTensorHandle grad);
-
 }  // namespace torchweld::ops

@@ -25,9 +25,8 @@ constexpr int64_t kPiece = 1 << 12;
 static_assert(kPiece % kernels::kAdamWBlock == 0);
 // Elements that make one partial sum of a norm: fixed, so that the sum is.
 constexpr int64_t kSumPiece = 1 << 14;
-// Entries worth a thread of their own to look at, and how many ahead of the one looked at the next
-// are asked of memory.
-constexpr int64_t kLooks = 64, kAhead = 6;
+// Entries worth a thread of their own to look at.
+constexpr int64_t kLooks = 64;
 
 const kernels::AdamWKernels& adamw_kernels() { return *cpu_kernels().adamw; }
 
@@ -159,7 +158,6 @@ AdamWRun::AdamWRun(const char* op, AdamWPlan& plan, const std::vector<AtenTensor
   const auto entry_of = [&](int64_t k) -> AdamWEntry& { return plan.entries[place(k)]; };
   parallel_for(static_cast<int64_t>(count), kLooks, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      if (k + kAhead < end) prefetch(plan, entry_of(k + kAhead), grads[k + kAhead]);
       Work& work = work_[k];
       work.entry = &entry_of(k);
       work.uniform = still_uniform(plan, *work.entry, grads[k], &work.span.grad);
@@ -170,8 +168,10 @@ AdamWRun::AdamWRun(const char* op, AdamWPlan& plan, const std::vector<AtenTensor
     if (work_[k].uniform) continue;
     AdamWEntry& entry = *work_[k].entry;
     check(op, plan, entry, another_owner(grads[k]), place(k));
-    TORCHWELD_CHECK(adamw_kernels().step(entry.type.dtype, entry.state, entry.rounding), op,
-                    "params", "a dtype with kernels for these states and this rounding",
+    const auto step = adamw_kernels().step(entry.type.dtype, entry.state, entry.rounding);
+    entry.uniform = entry.uniform && step != nullptr;
+    TORCHWELD_CHECK(step != nullptr, op, "params",
+                    "a dtype with kernels for these states and this rounding",
                     dtype_name(plan.get(entry, kParam).scalar_type()));
   }
   // What is copied into one layout is copied after all checks.

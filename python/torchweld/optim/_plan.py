@@ -99,14 +99,33 @@ class Plan:
         return grads, which
 
     def sum_of_squares(self, grads: Sequence[Tensor], which: Sequence[int]) -> Tensor | None:
-        """Return that of all processes' gradients; None if this one has them whole."""
+        """Return that of all processes' gradients; None if this one has them whole.
+
+        Raises:
+            RuntimeError: here or in a process with other shards of the same parameters: all of
+                those raise then, and none waits for another.
+        """
         if not self.is_sharded:
             return None
-        total = torch.zeros(1, dtype=torch.float64)
-        for reduction, (part, _) in self._parts(grads, which).items():
-            squares = torch.ops.torchweld._adamw_sum_of_squares(part)
-            total += _distributed.reduce_sum(squares, reduction)
-        return total
+        parts = self._parts(grads, which)
+        sums = {reduction: torch.zeros(1, dtype=torch.float64) for reduction in parts}
+        failure = None
+        try:
+            for reduction, (part, _) in parts.items():
+                sums[reduction] = torch.ops.torchweld._adamw_sum_of_squares(part)
+        except RuntimeError as error:
+            failure = error
+        failed = torch.full((1,), failure is not None, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64)
+        for reduction, squares in sums.items():
+            total += _distributed.reduce_sum(torch.cat([squares, failed]), reduction)
+        if failure is not None:
+            raise failure
+        if total[1] != 0:
+            raise RuntimeError(
+                "torchweld.optim.AdamW: another process could not take the norm of its gradients"
+            )
+        return total[0]
 
     def run(self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any) -> Tensor:
         """Do one step; see _adamw_run in csrc/ops/schema.cpp."""
