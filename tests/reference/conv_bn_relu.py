@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +58,46 @@ class Problem:
     def gradients(self) -> dict[str, Tensor]:
         tensors = {n: getattr(self, n) for n in self.DIFFERENTIABLE}
         return {n: t.grad for n, t in tensors.items() if t is not None}
+
+
+def make_problem(seed: int, **fixed) -> Problem:
+    """A random layer; `fixed` sets fields of the Problem, and `size`, the output's [N, C, H, W]."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    groups = rng.choice([1, 1, 1, 2, 4])
+    c_in, c_out = groups * rng.choice([4, 5]), groups * rng.choice([1, 3, 8, 20])
+    kernel, stride, dilation = rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([1, 2])
+    if rng.random() < 0.2:
+        c_in = c_out = groups = rng.choice([3, 16])  # depthwise
+        kernel = 3  # of few weights batch norm leaves no gradient but noise
+    padding = rng.choice([0, 1, 2])
+    size = rng.choice([(2, 7, 5), (5, 9, 9), (3, 14, 6), (1, 30, 31), (17, 3, 3), (2, 5, 40)])
+    x = torch.randn(size[0], c_in, size[1] + 2, size[2] + 2, dtype=torch.float64)
+    weight = torch.randn(c_out, c_in // groups, kernel, kernel, dtype=torch.float64)
+    conv = (stride, padding, dilation, groups)
+    out = F.conv2d(x[:, :, :, :], weight, None, *conv).shape
+
+    def maybe(tensor):
+        return tensor if rng.random() < 0.6 else None
+
+    c = c_out
+    problem = Problem(
+        x,
+        weight / weight[0].numel() ** 0.5,
+        maybe(torch.randn(c, dtype=torch.float64)),
+        maybe(torch.rand(c, dtype=torch.float64) + 0.5),
+        maybe(torch.randn(c, dtype=torch.float64)),
+        torch.randn(c, dtype=torch.float64),
+        torch.rand(c, dtype=torch.float64) + 0.5,
+        maybe(torch.randn(out, dtype=torch.float64)),
+        conv,
+        activation=rng.choice(list(ACTIVATIONS)),
+        negative_slope=rng.choice([0.01, 0.3]),
+        frozen=rng.random() < 0.3,
+    )
+    for name, value in fixed.items():
+        setattr(problem, name, value)
+    return problem
 
 
 def stock(p: Problem) -> Tensor:
