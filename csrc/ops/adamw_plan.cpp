@@ -1,7 +1,6 @@
 #include "ops/adamw_plan.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "ops/check.h"
 
@@ -54,17 +53,34 @@ ScalarType expected_dtype(const AdamWEntry& entry, int role, ScalarType param) {
   }
 }
 
-bool same(const Tensor& tensor, int32_t dtype, const std::vector<int64_t>& layout) {
-  if (raw_dtype(tensor) != dtype || !tensor.is_cpu()) return false;
-  const auto sizes = tensor.sizes();
-  const size_t dims = sizes.size();
-  return layout.size() == 2 * dims &&
-         std::memcmp(sizes.data(), layout.data(), dims * sizeof(int64_t)) == 0 &&
-         std::memcmp(tensor.strides().data(), layout.data() + dims, dims * sizeof(int64_t)) == 0;
+// Asked of torch with as few calls as there are: of a thousand small tensors they are what a step
+// costs. Each is false where torch reports an error.
+bool has_dtype(AtenTensorHandle tensor, int32_t dtype) {
+  int32_t found;
+  return aoti_torch_get_dtype(tensor, &found) == AOTI_TORCH_SUCCESS && found == dtype;
 }
 
-bool is_step(const Tensor& tensor, int32_t dtype) {
-  return raw_dtype(tensor) == dtype && tensor.dim() == 0 && tensor.is_cpu();
+bool has_layout(AtenTensorHandle tensor, const std::vector<int64_t>& layout) {
+  int64_t dims, *sizes, *strides;
+  if (aoti_torch_get_dim(tensor, &dims) != AOTI_TORCH_SUCCESS ||
+      2 * static_cast<size_t>(dims) != layout.size() ||
+      aoti_torch_get_sizes(tensor, &sizes) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_get_strides(tensor, &strides) != AOTI_TORCH_SUCCESS) {
+    return false;
+  }
+  return std::equal(sizes, sizes + dims, layout.begin()) &&
+         std::equal(strides, strides + dims, layout.begin() + dims);
+}
+
+bool is_cpu(AtenTensorHandle tensor) {
+  int32_t device;
+  return aoti_torch_get_device_type(tensor, &device) == AOTI_TORCH_SUCCESS &&
+         device == aoti_torch_device_type_cpu();
+}
+
+bool is_step(AtenTensorHandle tensor) {
+  int64_t size;
+  return aoti_torch_get_numel(tensor, &size) == AOTI_TORCH_SUCCESS && size == 1;
 }
 
 void check_present(const char* op, const AdamWPlan& plan, const AdamWEntry& entry, int role,
@@ -78,15 +94,17 @@ int64_t blocks_of(const AdamWEntry& entry) {
   return (entry.size + kernels::kAdamWBlock - 1) / kernels::kAdamWBlock;
 }
 
-bool is_scale(const Tensor& tensor, const AdamWEntry& entry, int32_t dtype) {
-  return raw_dtype(tensor) == dtype && tensor.numel() == blocks_of(entry) &&
-         tensor.is_contiguous() && tensor.is_cpu();
+bool is_scale(AtenTensorHandle tensor, const AdamWEntry& entry) {
+  int64_t size;
+  bool contiguous;
+  return aoti_torch_get_numel(tensor, &size) == AOTI_TORCH_SUCCESS && size == blocks_of(entry) &&
+         aoti_torch_is_contiguous(tensor, &contiguous) == AOTI_TORCH_SUCCESS && contiguous;
 }
 
 void check_scale(const char* op, const AdamWPlan& plan, const AdamWEntry& entry, int role) {
   const Tensor& scale = plan.get(entry, role);
   TORCHWELD_CHECK(
-      is_scale(scale, entry, entry.dtypes[role]), op, kRoleNames[role],
+      is_scale(scale.get(), entry) && scale.is_cpu(), op, kRoleNames[role],
       "shape [" << blocks_of(entry) << "], one per " << kernels::kAdamWBlock << " elements",
       shape_string(scale));
 }
@@ -141,7 +159,7 @@ AdamWPlan& to_plan(const Tensor& tensor) {
   return *plan;
 }
 
-void check(const char* op, const AdamWPlan& plan, AdamWEntry& entry, const Tensor& grad, size_t k) {
+void check(const char* op, AdamWPlan& plan, AdamWEntry& entry, const Tensor& grad, size_t k) {
   const Tensor& param = plan.get(entry, kParam);
   const ScalarType type = param.scalar_type();
   const auto real = real_type(type);
@@ -177,21 +195,32 @@ void check(const char* op, const AdamWPlan& plan, AdamWEntry& entry, const Tenso
     check_scale(op, plan, entry, kExpAvgSqScale);
   }
   const auto sizes = param.sizes(), strides = param.strides();
-  entry.layout.assign(sizes.begin(), sizes.end());
-  entry.layout.insert(entry.layout.end(), strides.begin(), strides.end());
+  std::vector<int64_t> layout(sizes.begin(), sizes.end());
+  layout.insert(layout.end(), strides.begin(), strides.end());
+  entry.layout = &*plan.layouts.insert(std::move(layout)).first;
+  entry.data.fill(nullptr);
   entry.uniform = uniform;
 }
 
-bool still_uniform(const AdamWPlan& plan, const AdamWEntry& entry, const Tensor& grad) {
-  if (!entry.uniform || !same(grad, entry.dtypes[kParam], entry.layout)) return false;
+bool still_uniform(const AdamWPlan& plan, AdamWEntry& entry, AtenTensorHandle grad,
+                   const void** grad_data) {
+  if (!entry.uniform || !has_dtype(grad, entry.dtypes[kParam]) ||
+      !has_layout(grad, *entry.layout) || !is_cpu(grad) ||
+      torch_get_const_data_ptr(grad, grad_data) != AOTI_TORCH_SUCCESS) {
+    return false;
+  }
   for (int role = 0; role < kRoleCount; ++role) {
-    const Tensor* tensor = plan.find(entry, role);
-    if (tensor == nullptr) continue;
-    const int32_t dtype = entry.dtypes[role];
-    const bool as_before = has_shape_of_param(role) ? same(*tensor, dtype, entry.layout)
-                           : role == kStep          ? is_step(*tensor, dtype)
-                                                    : is_scale(*tensor, entry, dtype);
-    if (!as_before) return false;
+    if (entry.tensors[role] < 0) continue;
+    const AtenTensorHandle tensor = plan.get(entry, role).get();
+    const bool as_before = has_dtype(tensor, entry.dtypes[role]) &&
+                           (has_shape_of_param(role) ? has_layout(tensor, *entry.layout)
+                            : role == kStep          ? is_step(tensor)
+                                                     : is_scale(tensor, entry));
+    void* data;
+    if (!as_before || torch_get_mutable_data_ptr(tensor, &data) != AOTI_TORCH_SUCCESS) return false;
+    // What is where it was is on the device it was on.
+    if ((data == nullptr || data != entry.data[role]) && !is_cpu(tensor)) return false;
+    entry.data[role] = data;
   }
   return true;
 }

@@ -4,6 +4,8 @@
 #include <array>
 #include <memory>
 #include <optional>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "kernels/adamw.h"
@@ -47,13 +49,16 @@ struct AdamWEntry {
   // strides.
   bool uniform = false;  // all tensors lie as the parameter does, without gaps
   std::array<int32_t, kRoleCount> dtypes{};
-  std::vector<int64_t> layout;  // sizes, then strides
+  const std::vector<int64_t>* layout = nullptr;  // sizes, then strides; one of AdamWPlan::layouts
   RealType type{};
   int64_t size = 0;  // of type.dtype
+
+  // Where the tensors were at the last look.
+  std::array<void*, kRoleCount> data{};
 };
 
-// Holds tensors and no pointers into them: `p.data = x` changes what a tensor holds, and the next
-// step is to see it.
+// Holds tensors, and pointers into them for the length of a step: `p.data = x` changes what a
+// tensor holds, and the next step is to see it.
 struct AdamWPlan {
   AdamWPlan() = default;
   AdamWPlan(TensorList all, const Tensor& places);
@@ -68,6 +73,9 @@ struct AdamWPlan {
   const AdamWPlan* self = this;  // tells a plan from other bytes
   TensorList tensors;
   std::vector<AdamWEntry> entries;
+  std::set<std::vector<int64_t>> layouts;
+  // Where parameters lay that were found not to overlap.
+  std::vector<std::pair<const char*, const char*>> disjoint;
 };
 
 // A plan as an operator returns it: bytes of its own that free it. No operator may copy them.
@@ -76,9 +84,11 @@ AdamWPlan& to_plan(const Tensor& tensor);
 
 // Checks an entry and its gradient against each other and notes in the entry what it found. `op`
 // and `k`: for messages.
-void check(const char* op, const AdamWPlan& plan, AdamWEntry& entry, const Tensor& grad, size_t k);
+void check(const char* op, AdamWPlan& plan, AdamWEntry& entry, const Tensor& grad, size_t k);
 
-// Whether the entry is uniform, and it and the gradient are as they were when that was found.
-bool still_uniform(const AdamWPlan& plan, const AdamWEntry& entry, const Tensor& grad);
+// Whether the entry is uniform, and it and the gradient are as they were when that was found; then
+// notes where they are. Throws nothing.
+bool still_uniform(const AdamWPlan& plan, AdamWEntry& entry, AtenTensorHandle grad,
+                   const void** grad_data);
 
 }  // namespace torchweld::ops

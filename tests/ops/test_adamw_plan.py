@@ -83,9 +83,17 @@ def bad_runs():
         "format": (
             plan(bfloat16, row(0, 1, 2, 3, rounding=2)), [ones], {}, "grads: expected bfloat16",
         ),
-        "kernel": (
+        "state": (
             plan(tensors_of(ones.double()), row(0, 1, 2, 3, state=1)), [ones.double()], {},
             "exp_avgs: expected bfloat16 beside params",
+        ),
+        "kernel": (
+            plan([ones.double(), *bfloat16[1:]], row(0, 1, 2, 3, state=1)), [ones.double()], {},
+            "params: expected a dtype with kernels for these states",
+        ),
+        "twice": (
+            plan(good, row(0, 1, 2, 3), row(0, 1, 2, 3)), [ones, ones], {"which": [1, 1]},
+            "an entry of the plan, after the one before",
         ),
         "scales": (
             plan([*wide, *scales], row(0, 1, 2, 3, NONE, NONE, 4, 5, state=2)),
@@ -97,8 +105,9 @@ def bad_runs():
 @pytest.mark.parametrize("name", bad_runs())
 def test_bad_runs(name):
     handle, grads, arguments, message = bad_runs()[name]
-    with pytest.raises(RuntimeError, match=message):
-        run(handle, grads, **arguments)
+    for _ in range(2):  # a run that failed does not let the next one pass
+        with pytest.raises(RuntimeError, match=message):
+            run(handle, grads, **arguments)
 
 
 @pytest.mark.parametrize("missing", [4, 5])

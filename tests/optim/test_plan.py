@@ -49,6 +49,45 @@ def test_data_of_parameters_and_states_replaced():
         step_both(*optimizers)
 
 
+def test_states_replaced_by_equal_ones():
+    """Equal is not the same: what is stepped is what the state holds now."""
+    param = parameter(1)
+    optimizer = tw.optim.AdamW([param])
+    optimizer.step()
+    state = optimizer.state[param]
+    old = dict(state)
+    for name, value in old.items():
+        state[name] = value.clone()
+    optimizer.step()
+    assert state["step"] == 2
+    assert old["step"] == 1
+    assert not torch.equal(state["exp_avg"], old["exp_avg"])
+
+
+def test_equal_parameters_exchanged():
+    first, second = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = tw.optim.AdamW([first])
+    for param in (first, second):
+        optimizer.param_groups[0]["params"] = [param]
+        param.grad = torch.ones(1)
+        optimizer.step()
+    assert torch.equal(first, second)
+
+
+def test_a_state_turned_where_it_is():
+    """The same memory, dtype and sizes are not the same layout."""
+    stepped = []
+    for turn in (lambda x: x.t(), lambda x: x.t().clone()):
+        param = parameter(5, 5)
+        optimizer = tw.optim.AdamW([param])
+        optimizer.step()
+        average = optimizer.state[param]["exp_avg"]
+        average.data = turn(average.data)
+        optimizer.step()
+        stepped.append(param.detach())
+    assert torch.equal(*stepped)
+
+
 def test_states_thrown_away():
     optimizers = pair(parameter(5))
     step_both(*optimizers)

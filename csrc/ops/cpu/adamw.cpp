@@ -42,6 +42,7 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
                         << " of shape " << shape_string(*grad_scale));
   }
   AdamWPlan plan;
+  std::vector<AtenTensorHandle> handles;
   for (size_t k = 0; k < params.size(); ++k) {
     AdamWEntry& entry = plan.entries.emplace_back();
     const auto place = [&](AdamWRole role, const Tensor& tensor) {
@@ -53,9 +54,10 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
     place(kExpAvg, exp_avgs[k]);
     place(kExpAvgSq, exp_avg_sqs[k]);
     if (amsgrad) place(kMaxExpAvgSq, max_exp_avg_sqs[k]);
+    handles.push_back(grads[k].get());
   }
   NoGradGuard no_grad;
-  AdamWRun(op, plan, grads, {})
+  AdamWRun(op, plan, handles, {})
       .step({{lr, beta1, beta2, eps, weight_decay, maximize}},
             grad_scale ? scalar(*grad_scale) : 1.0);
 }
@@ -82,7 +84,7 @@ std::vector<AdamWHyper> groups_of(const std::vector<double>& values) {
   return groups;
 }
 
-Tensor adamw_run(Tensor plan_bytes, TensorList grads, IntList which, std::vector<double> hyper,
+Tensor adamw_run(Tensor plan_bytes, const Handles& grads, IntList which, std::vector<double> hyper,
                  std::optional<double> max_grad_norm, std::optional<Tensor> loss_scale,
                  std::optional<Tensor> sum_of_squares, bool skip_nonfinite, int64_t seed,
                  bool statistics, double average_weight) {
@@ -97,7 +99,7 @@ Tensor adamw_run(Tensor plan_bytes, TensorList grads, IntList which, std::vector
   if (sum_of_squares) check_scalar(op, "sum_of_squares", *sum_of_squares);
 
   NoGradGuard no_grad;
-  AdamWRun run(op, plan, grads, which);
+  AdamWRun run(op, plan, grads.get(), which);
   const double unscale = loss_scale ? 1 / scalar(*loss_scale) : 1.0;
   const bool may_skip = loss_scale || skip_nonfinite;
   double norm = NAN, clip = 1;

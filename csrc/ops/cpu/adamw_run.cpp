@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <numeric>
 
 #include "ops/check.h"
@@ -24,6 +25,8 @@ constexpr int64_t kPiece = 1 << 12;
 static_assert(kPiece % kernels::kAdamWBlock == 0);
 // Elements that make one partial sum of a norm: fixed, so that the sum is.
 constexpr int64_t kSumPiece = 1 << 14;
+// Entries worth a thread of their own to look at.
+constexpr int64_t kLooks = 64;
 
 const kernels::AdamWKernels& adamw_kernels() { return *cpu_kernels().adamw; }
 
@@ -68,16 +71,32 @@ AdamWScalars scalars(const AdamWHyper& hyper, double step, double grad_scale) {
 
 struct AdamWRun::Work {
   AdamWEntry* entry;
+  bool uniform;                      // as before
+  float step_count;                  // before this step
+  size_t scalars;                    // into those of the step
+  std::unique_ptr<Aligned> aligned;  // where tensors do not lie alike
   AdamWSpan span;
-  float* step_count;
-  char* average;
-  char* bfloat16_weight;
-  kernels::AdamWKernel step;
-  kernels::AdamWObserve observe;
-  std::optional<Aligned> aligned;  // where the entry is not uniform
-  AdamWScalars scalars;
 
   DType dtype() const { return entry->type.dtype; }
+  float* step() const { return static_cast<float*>(entry->data[kStep]); }
+  char* average() const { return static_cast<char*>(entry->data[kAverage]); }
+  char* bfloat16_weight() const { return static_cast<char*>(entry->data[kBFloat16Weight]); }
+
+  // All but span.grad, which is there.
+  void fill() {
+    const auto& data = entry->data;
+    step_count = *step();
+    span = {.param = data[kParam],
+            .grad = span.grad,
+            .exp_avg = data[kExpAvg],
+            .exp_avg_sq = data[kExpAvgSq],
+            .max_exp_avg_sq = data[kMaxExpAvgSq],
+            .compensation = data[kCompensation],
+            .exp_avg_scale = static_cast<float*>(data[kExpAvgScale]),
+            .exp_avg_sq_scale = static_cast<float*>(data[kExpAvgSqScale]),
+            .size = entry->size,
+            .index = 0};
+  }
 
   Values grad() const { return {span.grad, dtype(), span.size}; }
 
@@ -96,12 +115,15 @@ struct AdamWRun::Work {
     }
   }
 
-  void run(int64_t begin, int64_t size) const {
+  void run(int64_t begin, int64_t size, const AdamWScalars& scalars) const {
+    const auto step = adamw_kernels().step(dtype(), entry->state, entry->rounding);
     for_parts(begin, size, [&](const AdamWSpan& part, int64_t) { step(part, scalars); });
   }
 
-  void run_observed(int64_t begin, int64_t size, double average_weight,
+  void run_observed(int64_t begin, int64_t size, const AdamWScalars& scalars, double average_weight,
                     AdamWStatistics* statistics) const {
+    const auto step = adamw_kernels().step(dtype(), entry->state, entry->rounding);
+    const auto observe = adamw_kernels().observe(dtype(), entry->state, entry->rounding);
     alignas(64) char param[kPiece * sizeof(double)];
     alignas(64) char compensation[kPiece * sizeof(int16_t)];
     for_parts(begin, size, [&](const AdamWSpan& part, int64_t at) {
@@ -114,63 +136,67 @@ struct AdamWRun::Work {
       const kernels::AdamWObserver observer{
           .param_before = param,
           .compensation_before = part.compensation != nullptr ? compensation : nullptr,
-          .ema = advance(average, at * average_size),
+          .ema = advance(average(), at * average_size),
           .ema_weight = average_weight,
-          .bfloat16 = reinterpret_cast<kernels::BFloat16*>(advance(bfloat16_weight, at * 2))};
+          .bfloat16 = reinterpret_cast<kernels::BFloat16*>(advance(bfloat16_weight(), at * 2))};
       observe(part, scalars, observer, statistics);
     });
   }
 };
 
-AdamWRun::AdamWRun(const char* op, AdamWPlan& plan, const TensorList& grads, const IntList& which)
+AdamWRun::AdamWRun(const char* op, AdamWPlan& plan, const std::vector<AtenTensorHandle>& grads,
+                   const IntList& which)
     : plan_(plan) {
   const size_t count = which.empty() ? plan.entries.size() : which.size();
   TORCHWELD_CHECK(grads.size() == count, op, "grads", count << " tensors", grads.size());
   const auto place = [&](size_t k) { return which.empty() ? k : static_cast<size_t>(which[k]); };
+  for (size_t k = 0; k < which.size(); ++k) {
+    TORCHWELD_CHECK(place(k) < plan.entries.size() && (k == 0 || which[k] > which[k - 1]), op,
+                    "which", "an entry of the plan, after the one before", place(k));
+  }
+  work_.resize(count);
+  const auto entry_of = [&](int64_t k) -> AdamWEntry& { return plan.entries[place(k)]; };
+  parallel_for(static_cast<int64_t>(count), kLooks, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      Work& work = work_[k];
+      work.entry = &entry_of(k);
+      work.uniform = still_uniform(plan, *work.entry, grads[k], &work.span.grad);
+      if (work.uniform) work.fill();
+    }
+  });
   for (size_t k = 0; k < count; ++k) {
-    TORCHWELD_CHECK(place(k) < plan.entries.size(), op, "which", "an entry of the plan", place(k));
-    AdamWEntry& entry = plan.entries[place(k)];
-    if (!still_uniform(plan, entry, grads[k])) check(op, plan, entry, grads[k], place(k));
-    TORCHWELD_CHECK(adamw_kernels().step(entry.type.dtype, entry.state, entry.rounding), op,
-                    "params", "a dtype with kernels for these states and this rounding",
+    if (work_[k].uniform) continue;
+    AdamWEntry& entry = *work_[k].entry;
+    check(op, plan, entry, another_owner(grads[k]), place(k));
+    const auto step = adamw_kernels().step(entry.type.dtype, entry.state, entry.rounding);
+    entry.uniform = entry.uniform && step != nullptr;
+    TORCHWELD_CHECK(step != nullptr, op, "params",
+                    "a dtype with kernels for these states and this rounding",
                     dtype_name(plan.get(entry, kParam).scalar_type()));
   }
   // What is copied into one layout is copied after all checks.
-  work_.reserve(count);
-  for (size_t k = 0; k < count; ++k) add(plan.entries[place(k)], grads[k]);
+  for (size_t k = 0; k < count; ++k) {
+    if (!work_[k].uniform) align(work_[k], another_owner(grads[k]));
+  }
 }
 
 AdamWRun::~AdamWRun() = default;
 
-void AdamWRun::add(AdamWEntry& entry, const Tensor& grad) {
-  Work& work = work_.emplace_back();
+void AdamWRun::align(Work& work, const Tensor& grad) {
+  AdamWEntry& entry = *work.entry;
   if (!entry.uniform || !same_layout(grad, plan_.get(entry, kParam))) {
     // 8-bit states lie in the order their blocks were made in.
     const bool blocks = entry.state == kernels::AdamWState::int8;
-    work.aligned.emplace(plan_.get(entry, blocks ? kExpAvg : kParam));
+    work.aligned = std::make_unique<Aligned>(plan_.get(entry, blocks ? kExpAvg : kParam));
   }
-  const auto data = [&](int role) -> void* {
+  for (int role = 0; role < kRoleCount; ++role) {
     const Tensor* tensor = plan_.find(entry, role);
-    if (tensor == nullptr) return nullptr;
+    if (tensor == nullptr) continue;
     const bool align = work.aligned && has_shape_of_param(role);
-    return align ? work.aligned->update(*tensor) : tensor->mutable_data_ptr();
-  };
-  work.entry = &entry;
-  work.span = {.param = data(kParam),
-               .grad = work.aligned ? work.aligned->read(grad) : grad.const_data_ptr(),
-               .exp_avg = data(kExpAvg),
-               .exp_avg_sq = data(kExpAvgSq),
-               .max_exp_avg_sq = data(kMaxExpAvgSq),
-               .compensation = data(kCompensation),
-               .exp_avg_scale = static_cast<float*>(data(kExpAvgScale)),
-               .exp_avg_sq_scale = static_cast<float*>(data(kExpAvgSqScale)),
-               .size = entry.size,
-               .index = 0};
-  work.step_count = static_cast<float*>(data(kStep));
-  work.average = static_cast<char*>(data(kAverage));
-  work.bfloat16_weight = static_cast<char*>(data(kBFloat16Weight));
-  work.step = adamw_kernels().step(entry.type.dtype, entry.state, entry.rounding);
-  work.observe = adamw_kernels().observe(entry.type.dtype, entry.state, entry.rounding);
+    entry.data[role] = align ? work.aligned->update(*tensor) : tensor->mutable_data_ptr();
+  }
+  work.span.grad = work.aligned ? work.aligned->read(grad) : grad.const_data_ptr();
+  work.fill();
 }
 
 double AdamWRun::sum_of_squares() {
@@ -202,17 +228,20 @@ int64_t AdamWRun::count_nonfinite() const {
   return std::accumulate(counts.begin(), counts.end(), int64_t{0});
 }
 
-bool AdamWRun::shares_memory() const {
+bool AdamWRun::shares_memory() {
   std::vector<std::pair<const char*, const char*>> ranges;
   ranges.reserve(work_.size());
   for (const Work& work : work_) {
     const auto* begin = static_cast<const char*>(work.span.param);
     ranges.emplace_back(begin, begin + bytes(work.dtype(), work.span.size));
   }
-  std::sort(ranges.begin(), ranges.end());
-  for (size_t k = 1; k < ranges.size(); ++k) {
-    if (ranges[k].first < ranges[k - 1].second) return true;
+  if (ranges == plan_.disjoint) return false;
+  auto sorted = ranges;
+  std::sort(sorted.begin(), sorted.end());
+  for (size_t k = 1; k < sorted.size(); ++k) {
+    if (sorted[k].first < sorted[k - 1].second) return true;
   }
+  plan_.disjoint = std::move(ranges);
   return false;
 }
 
@@ -226,21 +255,26 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
                                const AdamWOptions& options) {
   Pieces pieces(kPiece);
   bool observe = options.statistics;
+  std::vector<AdamWScalars> all_scalars;  // one for each group and step, nearly always
   for (size_t k = 0; k < work_.size(); ++k) {
     Work& work = work_[k];
-    const double step = *work.step_count + 1.0;
-    const Work* last = k > 0 ? &work_[k - 1] : nullptr;
-    // Nearly always one and the same step for all of a group.
+    const int64_t group = work.entry->group;
     const bool as_last =
-        last && last->entry->group == work.entry->group && *last->step_count == *work.step_count;
-    work.scalars = as_last
-                       ? last->scalars
-                       : scalars(groups[static_cast<size_t>(work.entry->group)], step, grad_scale);
-    work.scalars.key = kernels::adamw_key(options.seed, static_cast<uint64_t>(step),
-                                          static_cast<uint64_t>(work.entry->id));
+        k > 0 && work_[k - 1].entry->group == group && work_[k - 1].step_count == work.step_count;
+    if (!as_last) {
+      all_scalars.push_back(
+          scalars(groups[static_cast<size_t>(group)], work.step_count + 1.0, grad_scale));
+    }
+    work.scalars = all_scalars.size() - 1;
     pieces.add(work.span.size);
-    observe = observe || work.average || work.bfloat16_weight;
+    observe = observe || work.average() || work.bfloat16_weight();
   }
+  const auto scalars_of = [&](const Work& work) {
+    AdamWScalars found = all_scalars[work.scalars];
+    found.key = kernels::adamw_key(options.seed, static_cast<uint64_t>(work.step_count + 1.0),
+                                   static_cast<uint64_t>(work.entry->id));
+    return found;
+  };
 
   // Stock steps one parameter after the other, and so does this where two are the same memory.
   const auto for_each = [&, in_order = shares_memory()](const auto& f) {
@@ -250,7 +284,7 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
   if (observe) {
     std::vector<AdamWStatistics> partial(static_cast<size_t>(pieces.count()));
     for_each([&](size_t t, int64_t begin, int64_t size, int64_t piece) {
-      work_[t].run_observed(begin, size, options.average_weight,
+      work_[t].run_observed(begin, size, scalars_of(work_[t]), options.average_weight,
                             &partial[static_cast<size_t>(piece)]);
     });
     for (const AdamWStatistics& part : partial) {
@@ -259,11 +293,13 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
       total.nonfinite += part.nonfinite;
     }
   } else {
-    for_each([&](size_t t, int64_t begin, int64_t size, int64_t) { work_[t].run(begin, size); });
+    for_each([&](size_t t, int64_t begin, int64_t size, int64_t) {
+      work_[t].run(begin, size, scalars_of(work_[t]));
+    });
   }
   for (Work& work : work_) {
     if (work.aligned) work.aligned->write_back();
-    *work.step_count += 1;
+    *work.step() += 1;
   }
   return total;
 }

@@ -21,8 +21,9 @@ struct AdamWOptions {
 class AdamWRun {
  public:
   // Checks everything. grads[k] is the gradient of entry which[k], or of entry k if `which` is
-  // empty. `op`: for messages.
-  AdamWRun(const char* op, AdamWPlan& plan, const TensorList& grads, const IntList& which);
+  // empty; they outlive the run. `op`: for messages.
+  AdamWRun(const char* op, AdamWPlan& plan, const std::vector<AtenTensorHandle>& grads,
+           const IntList& which);
   ~AdamWRun();
 
   // Over all gradients, in an order fixed by their sizes.
@@ -37,9 +38,10 @@ class AdamWRun {
 
  private:
   struct Work;
-  void add(AdamWEntry& entry, const Tensor& grad);
+  // Brings tensors that do not lie alike to one layout.
+  void align(Work& work, const Tensor& grad);
   // Whether two parameters do.
-  bool shares_memory() const;
+  bool shares_memory();
 
   AdamWPlan& plan_;
   std::vector<Work> work_;

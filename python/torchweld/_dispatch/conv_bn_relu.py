@@ -141,6 +141,23 @@ def _mask(ctx: Any, positions: tuple[int, ...]) -> list[bool]:
     return [ctx.needs_input_grad[1 + i] for i in positions]  # the first is the key set
 
 
+def _once(op: str) -> Callable[..., Any]:
+    """Return a backward op, past the kernel that refuses its derivative where none is recorded."""
+    overload, below = getattr(_ops, op).default, torch._C._AutoDispatchBelowAutograd
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            return overload(*args)
+        with below():
+            return overload(*args)
+
+    return call
+
+
+_conv_bn_relu_backward = _once("conv_bn_relu_backward")
+_conv_bn_relu_frozen_backward = _once("conv_bn_relu_frozen_backward")
+
+
 def _gradients(
     count: int, positions: tuple[int, ...], mask: list[bool], gradients: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
@@ -209,7 +226,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | 
         return (None,) * 13
     positions = (0, 1, 2, 3, 4, 5)
     mask = _mask(ctx, positions)
-    gradients = _ops.conv_bn_relu_backward(
+    gradients = _conv_bn_relu_backward(
         grad_output, *ctx.saved_tensors, *ctx.conv, ctx.activation, ctx.slope, mask
     )
     return _gradients(13, positions, mask, gradients)
@@ -233,7 +250,7 @@ def _backward_frozen(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Te
         return (None,) * 15
     positions = (0, 1, 2, 3, 4, 7)
     mask = _mask(ctx, positions)
-    gradients = _ops.conv_bn_relu_frozen_backward(
+    gradients = _conv_bn_relu_frozen_backward(
         grad_output, *ctx.saved_tensors, *ctx.conv, ctx.eps, ctx.activation, ctx.slope, mask
     )
     return _gradients(15, positions, mask, gradients)
@@ -265,10 +282,12 @@ def _register_autograd(
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Derivative.apply(keyset, *args)
+            return apply(keyset, *args)
         with below():
             return overload.redispatch(keyset & after, *args)
 
+    # Without torch's wrapper, which looks for functorch's tensors: below the dispatcher are none.
+    apply = super(torch.autograd.Function, Derivative).apply
     Derivative.__name__ = f"{op}_derivative"
     _library.impl(op, autograd, "Autograd", with_keyset=True)
 

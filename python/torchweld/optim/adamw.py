@@ -333,7 +333,6 @@ class AdamW(Observed, Saved):
                     "torchweld.optim.AdamW runs on the CPU and not on other devices yet, "
                     f"got a parameter on {param.device}"
                 )
-            _arguments.refuse_sparse(param.grad)
             state = self.state[param]
             state.update(_state.create(param, form, amsgrad))
         else:

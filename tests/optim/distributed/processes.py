@@ -89,6 +89,26 @@ def partly_sharded(rank, layout):
     return {"state": snapshot(model, optimizer), "norms": norms}
 
 
+def failing(rank, layout):
+    """In the first and the last of three steps, one process has a gradient without a norm."""
+    model, options = build(layout)
+    weight = model.layer.weight
+    fully_shard(model, ignored_params={*model.layer.parameters()})
+    optimizer = optimizer_for(model, options)
+    messages = []
+    for bad in (True, False, True):
+        optimizer.zero_grad()
+        model(fed(0, None, weight.dtype)).backward()
+        if bad and rank == 1:
+            weight.grad = weight.grad.to_sparse()
+        try:
+            optimizer.step()
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+    return {"state": snapshot(model, optimizer), "messages": messages}
+
+
 def sharded_twice(rank, layout, shape):
     """FSDP2 over parameters that tensor parallelism has cut along the same dimension."""
     model, options = build(layout)
@@ -306,6 +326,7 @@ def scenarios(folder):
             yield f"{wrap}, {scaler} GradScaler", scaled, (wrap, scaler)
     for option in {"max_grad_norm": 1.0}, {"skip_nonfinite": True}:
         yield f"ZeRO with {next(iter(option))}", partial(zero_refuses, **option), ()
+    yield "failing", failing, ("clipped",)
 
 
 def main(rank, folder):

@@ -59,6 +59,16 @@ def test_scaler(ranks, wrapper, scaler):
         assert all(values["step"] == STEPS - 1 for values in ours["state"].values())
 
 
+def test_a_gradient_that_one_process_refuses(ranks):
+    """All raise, none waits for the norm, and nothing has been written."""
+    for rank, ours in enumerate(ranks("failing")):
+        first, good, last = ours["messages"]
+        assert good == ""
+        assert first == last
+        assert ("sparse gradients" if rank == 1 else "another process") in first
+        assert all(values["step"] == 1 for values in ours["state"].values())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_zero_redundancy(ranks, layout):
     expected, _ = alone(layout, groups=False)
