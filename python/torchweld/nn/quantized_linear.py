@@ -176,6 +176,7 @@ class QuantizedLinear(nn.Module):
             self.weight_scale,
             self.weight_sum,
             self.bias,
+            None,
             self.in_features,
             self.activation,
         )
