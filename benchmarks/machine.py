@@ -195,5 +195,6 @@ def _int8_peak() -> float:
         a, b = torch.randint(-127, 128, (2, n, n), dtype=torch.int8)
         return 2 * n**3 / _best_seconds(lambda: torch._int_mm(a, b.t())) / 1e9
 
-    # Either can be the better one, by how much of a cache the other cores leave.
-    return max(rate(1024), rate(2048))
+    # Held to old instructions stock has no fast product, and the large ones would take minutes.
+    small = rate(256)
+    return small if small < 100 else max(small, rate(1024), rate(2048))
