@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "kernels/dtype.h"
+#include "kernels/linear_epilogue.h"
 
 namespace torchweld::kernels {
 
@@ -18,8 +18,6 @@ inline constexpr int64_t kQuad = 4;
 
 // Largest K for which sums of K products within 127 * 127 fit int32.
 inline constexpr int64_t kMaxInFeatures = INT32_MAX / (127 * 127);
-
-enum class LinearActivation { identity, relu, gelu, gelu_tanh, silu };
 
 // Rows to quantize. A quantized row is opaque: only the kernels of the same instruction set read
 // it. Whole registers are written, so its stride is K rounded up to kQuantizedRowAlign at least.
@@ -38,17 +36,12 @@ inline constexpr int64_t kQuantizedRowAlign = 64;
 struct QuantizedLinearBlock {
   const int8_t* quantized;
   int64_t quantized_stride;
-  const float* input_scale;
   int64_t rows;
   const int8_t* panels;
   const int32_t* weight_sum;  // sum over k of each column, padded to whole panels
   int64_t quads;              // ceil(K / 4)
   int64_t columns;
-  const float* weight_scale;  // [columns]
-  const float* bias;          // [columns], or null
-  LinearActivation activation;
-  void* output;
-  int64_t output_stride;
+  LinearEpilogue epilogue;
 };
 
 // A run of panels to turn back into float rows.
@@ -67,10 +60,9 @@ struct QuantizedLinearKernels {
   // scale = max(absmax / 127, FLT_MIN) and q = round_half_even(x * (1 / scale)) in float. A row
   // that holds a NaN or an infinity gets the scale NaN and zeros.
   void (*quantize[kDTypeCount])(const QuantizeRows&);
-  // output = activation(fma(float(sum) * input_scale, weight_scale, bias)), rounded once; `sum` is
-  // the exact int32 sum. Output of the dtype indexed.
+  // The epilogue of the exact int32 sums; output of the dtype indexed.
   void (*multiply[kDTypeCount])(const QuantizedLinearBlock&);
-  // The sums alone, int32; scales, bias and activation are not read.
+  // The sums alone, int32; of the epilogue only the output is read.
   void (*accumulate)(const QuantizedLinearBlock&);
   // float(q) * weight_scale, rounded once.
   void (*dequantize[kDTypeCount])(const DequantizePanels&);

@@ -7,10 +7,6 @@ namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool is_vector(const Tensor& tensor, int64_t size) {
-  return tensor.dim() == 1 && tensor.size(0) == size;
-}
-
 }  // namespace
 
 LinearShape check_quantized_linear(const char* op, const char* argument, const Tensor& matrix,
@@ -50,37 +46,11 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
 }
 
 void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape) {
-  TORCHWELD_CHECK(weight_sum.scalar_type() == ScalarType::Int && weight_sum.is_contiguous() &&
-                      is_vector(weight_sum, shape.panels * kernels::kPanelColumns),
-                  op, "weight_sum",
-                  "contiguous int32 [" << shape.panels * kernels::kPanelColumns << "]",
-                  dtype_name(weight_sum.scalar_type()) << " " << shape_string(weight_sum));
-}
-
-void check_linear_bias(const char* op, const std::optional<Tensor>& bias,
-                       const LinearShape& shape) {
-  if (!bias) return;
-  TORCHWELD_CHECK(to_dtype(bias->scalar_type()) && is_vector(*bias, shape.out_features), op, "bias",
-                  "floating point [" << shape.out_features << "]",
-                  dtype_name(bias->scalar_type()) << " " << shape_string(*bias));
-}
-
-kernels::LinearActivation parse_linear_activation(const char* op, const std::string& name) {
-  using kernels::LinearActivation;
-  if (name == "identity") return LinearActivation::identity;
-  if (name == "relu") return LinearActivation::relu;
-  if (name == "gelu") return LinearActivation::gelu;
-  if (name == "gelu_tanh") return LinearActivation::gelu_tanh;
-  TORCHWELD_CHECK(name == "silu", op, "activation", "identity, relu, gelu, gelu_tanh or silu",
-                  '"' << name << '"');
-  return LinearActivation::silu;
-}
-
-IntList with_last_size(const Tensor& tensor, int64_t size) {
-  IntList sizes;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  sizes.push_back(size);
-  return sizes;
+  TORCHWELD_CHECK(
+      weight_sum.scalar_type() == ScalarType::Int && weight_sum.is_contiguous() &&
+          weight_sum.dim() == 1 && weight_sum.size(0) == shape.panels * kernels::kPanelColumns,
+      op, "weight_sum", "contiguous int32 [" << shape.panels * kernels::kPanelColumns << "]",
+      dtype_name(weight_sum.scalar_type()) << " " << shape_string(weight_sum));
 }
 
 }  // namespace torchweld::ops

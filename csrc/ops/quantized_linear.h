@@ -1,10 +1,8 @@
 // What every back end of the quantized linear ops checks and derives before it touches memory.
 #pragma once
 
-#include <string>
-
 #include "kernels/quantized_linear.h"
-#include "ops/torch_compat.h"
+#include "ops/linear.h"
 
 namespace torchweld::ops {
 
@@ -24,13 +22,5 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
                                    const Tensor& weight_scale, int64_t in_features);
 
 void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape);
-
-void check_linear_bias(const char* op, const std::optional<Tensor>& bias, const LinearShape& shape);
-
-// Throws unless the name is one of identity, relu, gelu, gelu_tanh, silu.
-kernels::LinearActivation parse_linear_activation(const char* op, const std::string& name);
-
-// The sizes of `tensor` with the last one replaced.
-IntList with_last_size(const Tensor& tensor, int64_t size);
 
 }  // namespace torchweld::ops

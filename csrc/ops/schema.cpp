@@ -128,16 +128,18 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "int[] padding, int[] dilation, int groups, str algorithm, bool input_grad, "
       "bool weight_grad) -> (Tensor, Tensor)");
 
-  // activation(input @ (weight_scale * weight)^T + bias) with every row of input quantized on the
-  // fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the output has its
-  // dtype. K = in_features. packed_weight int8 [ceil(N/16), ceil(K/4), 16, 4] within [-127, 127],
-  // zero padded; weight_scale float32 [N]; weight_sum int32 [ceil(N/16) * 16], the sum over k of
-  // every column of packed_weight; bias floating point [N]. activation: identity, relu, gelu,
-  // gelu_tanh or silu. Same bits on every CPU instruction set, for any number of threads and of
-  // rows.
+  // activation(input @ (weight_scale * weight)^T + bias) + residual with every row of input
+  // quantized on the fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the
+  // output has its dtype. K = in_features. packed_weight int8 [ceil(N/16), ceil(K/4), 16, 4] within
+  // [-127, 127], zero padded; weight_scale float32 [N]; weight_sum int32 [ceil(N/16) * 16], the sum
+  // over k of every column of packed_weight; bias floating point [N]; residual floating point, the
+  // output's shape. activation: identity, relu, gelu, gelu_tanh or silu. Rows have one scale each
+  // if input_group_size is 0, else one for every so many k. Same bits on every CPU instruction set,
+  // for any number of threads and of rows.
   m.def(
       "quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, "
-      "Tensor weight_sum, Tensor? bias, int in_features, str activation=\"identity\") -> Tensor");
+      "Tensor weight_sum, Tensor? bias, Tensor? residual, int in_features, "
+      "str activation=\"identity\", int input_group_size=0) -> Tensor");
   // The integers inside: int32 sums [..., N] and the float32 scale [...] of every row of input.
   m.def(
       "quantized_linear_accumulators(Tensor input, Tensor packed_weight, Tensor weight_scale, "

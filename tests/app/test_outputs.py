@@ -205,7 +205,7 @@ def test_operator_library_errors(weld, identity, extra_ops, tmp_path):
         # A newer torchweld may add arguments that have defaults.
         (
             "torchweld::quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, "
-            "Tensor weight_sum, Tensor? bias, int in_features) -> Tensor",
+            "Tensor weight_sum, Tensor? bias, Tensor? residual, int in_features) -> Tensor",
             None,
         ),
         (

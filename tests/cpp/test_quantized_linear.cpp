@@ -30,9 +30,11 @@ struct Layer {
     sum = array<int32_t>(columns);
     scale = array<float>(n);
     bias = array<float>(n);
+    residual = array<float>(m * n);
     std::mt19937 random(1);
     std::uniform_real_distribution<float> uniform(-2, 2);
     for (int64_t i = 0; i < m * k; ++i) x[i] = uniform(random);
+    for (int64_t i = 0; i < m * n; ++i) residual[i] = uniform(random);
     for (int64_t j = 0; j < n; ++j) {
       scale[j] = std::abs(uniform(random)) * 0.01f;
       bias[j] = uniform(random);
@@ -45,7 +47,7 @@ struct Layer {
     }
   }
   int64_t m, n, k, quads;
-  std::unique_ptr<float[]> x, scale, bias;
+  std::unique_ptr<float[]> x, scale, bias, residual;
   std::unique_ptr<int8_t[]> weight, packed;
   std::unique_ptr<int32_t[]> sum;
 };
@@ -70,19 +72,22 @@ Result run(Capability capability, const Layer& layer, LinearActivation activatio
                        .scale = result.scale.get()});
   QuantizedLinearBlock block{.quantized = quantized.get(),
                              .quantized_stride = stride,
-                             .input_scale = result.scale.get(),
                              .rows = m,
                              .panels = layer.packed.get(),
                              .weight_sum = layer.sum.get(),
                              .quads = layer.quads,
                              .columns = n,
-                             .weight_scale = layer.scale.get(),
-                             .bias = layer.bias.get(),
-                             .activation = activation,
-                             .output = result.output.get(),
-                             .output_stride = n};
+                             .epilogue = {.input_scale = result.scale.get(),
+                                          .weight_scale = layer.scale.get(),
+                                          .bias = layer.bias.get(),
+                                          .activation = activation,
+                                          .residual = layer.residual.get(),
+                                          .residual_stride = n,
+                                          .residual_is_float = false,
+                                          .output = result.output.get(),
+                                          .output_stride = n}};
   kernels.multiply[0](block);
-  block.output = result.sums.get();
+  block.epilogue.output = result.sums.get();
   kernels.accumulate(block);
   kernels.dequantize[0]({.panels = layer.packed.get(),
                          .quads = layer.quads,

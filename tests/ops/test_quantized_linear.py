@@ -47,8 +47,8 @@ class Weight:
         self.bias = torch.randn(n, generator=generator) if bias else None
         self.packed, self.sum = tw.ops.pack_weight(self.q)
 
-    def __call__(self, x, activation="identity"):
-        return op(x, self.packed, self.scale, self.sum, self.bias, self.k, activation)
+    def __call__(self, x, activation="identity", residual=None):
+        return op(x, self.packed, self.scale, self.sum, self.bias, residual, self.k, activation)
 
     def accumulators(self, x):
         return accumulators(x, self.packed, self.scale, self.sum, self.k)
@@ -155,7 +155,7 @@ def test_activation_over_its_whole_range(activation):
     empty = torch.zeros(z.numel(), 0, dtype=torch.int8)
     packed, weight_sum = tw.ops.pack_weight(empty)
     scale = torch.ones(z.numel())
-    actual = op(torch.zeros(1, 0), packed, scale, weight_sum, z, 0, activation)[0]
+    actual = op(torch.zeros(1, 0), packed, scale, weight_sum, z, None, 0, activation)[0]
     expected = reference.ACTIVATIONS[activation](z.double())
     stock = (reference.ACTIVATIONS[activation](z).double() - expected).abs()
     error = (actual.double() - expected).abs()
@@ -168,7 +168,7 @@ def test_sqnr_on_gaussian_data(dtype):
     x, weight = randn(64, 2048, dtype=dtype), randn(256, 2048, seed=2)
     q, scale = tw.ops.quantize_weight(weight)
     packed, weight_sum = tw.ops.pack_weight(q)
-    actual = op(x, packed, scale, weight_sum, None, 2048)
+    actual = op(x, packed, scale, weight_sum, None, None, 2048)
     assert reference.sqnr(actual, x.double() @ weight.double().T) >= 37.5
 
 
@@ -262,9 +262,9 @@ def test_bias_of_any_dtype_and_stride():
     layer, x = Weight(21, 37), randn(3, 37)
     strided = torch.stack([layer.bias, layer.bias], 1)[:, 0]
     args = (x, layer.packed, layer.scale, layer.sum)
-    assert torch.equal(op(*args, strided, 37), layer(x))
+    assert torch.equal(op(*args, strided, None, 37), layer(x))
     half = layer.bias.half()
-    assert torch.equal(op(*args, half, 37), op(*args, half.float(), 37))
+    assert torch.equal(op(*args, half, None, 37), op(*args, half.float(), None, 37))
 
 
 def test_pack_and_unpack():
@@ -309,6 +309,11 @@ def test_quantized_weight_is_the_nearest():
         ({"weight_sum": torch.zeros(3, dtype=torch.int32)}, r"weight_sum: expected.*got.*\[3\]"),
         ({"bias": torch.zeros(4)}, r"bias: expected floating point \[3\], got float32 \[4\]"),
         ({"bias": torch.zeros(3, dtype=torch.int8)}, "bias: expected floating point.*int8"),
+        (
+            {"residual": torch.zeros(1, 3)},
+            r"residual: expected floating point \[2, 3\], got.*\[1, 3",
+        ),
+        ({"residual": torch.zeros(2, 3).int()}, "residual: expected floating point.*got int32"),
         ({"in_features": 133145}, "in_features: expected 0 to 133144"),
         ({"in_features": -1}, "in_features: expected 0 to 133144.*got -1"),
         ({"activation": "tanh"}, 'activation: expected identity, relu.*got "tanh"'),
@@ -322,6 +327,7 @@ def test_errors_name_the_argument(change, message):
         "weight_scale": layer.scale,
         "weight_sum": layer.sum,
         "bias": layer.bias,
+        "residual": None,
         "in_features": 5,
         "activation": "identity",
     }
@@ -406,7 +412,7 @@ def test_second_gradient_is_that_of_the_dequantized_layer(activation):
 
 def test_gradient_with_default_and_keyword_arguments():
     layer, x = Weight(21, 37), randn(6, 37).requires_grad_()
-    args = (x, layer.packed, layer.scale, layer.sum, layer.bias, 37)
+    args = (x, layer.packed, layer.scale, layer.sum, layer.bias, None, 37)
     for actual, activation in [(op(*args), "identity"), (op(*args, activation="silu"), "silu")]:
         expected = torch.autograd.grad(layer(x, activation).sum(), x)
         assert torch.equal(torch.autograd.grad(actual.sum(), x)[0], expected[0])
@@ -431,8 +437,10 @@ def test_opcheck(activation):
     layer = Weight(10, 37)
     weights = (layer.packed, layer.scale)
     x = randn(3, 37).requires_grad_()
-    torch.library.opcheck(op, (x, *weights, layer.sum, layer.bias, 37, activation))
-    torch.library.opcheck(op, (x.detach().bfloat16(), *weights, layer.sum, None, 37, activation))
+    torch.library.opcheck(op, (x, *weights, layer.sum, layer.bias, None, 37, activation))
+    torch.library.opcheck(
+        op, (x.detach().bfloat16(), *weights, layer.sum, None, None, 37, activation)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
@@ -446,7 +454,12 @@ def test_opcheck_of_the_others():
 def test_fake_tensor_refuses_a_wrong_size():
     layer = Weight(10, 37)
     with pytest.raises(RuntimeError, match=r"input: expected \[..., 37\]"):
-        op(*(t.to("meta") for t in (randn(3, 36), layer.packed, layer.scale, layer.sum)), None, 37)
+        op(
+            *(t.to("meta") for t in (randn(3, 36), layer.packed, layer.scale, layer.sum)),
+            None,
+            None,
+            37,
+        )
 
 
 def test_autocast_casts_the_input_alone():

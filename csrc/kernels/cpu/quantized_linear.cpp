@@ -4,7 +4,7 @@
 // the result.
 #include "kernels/quantized_linear.h"
 
-#include "kernels/cpu/vec_math.h"
+#include "kernels/cpu/linear_epilogue.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 namespace {
@@ -196,67 +196,18 @@ inline void any_tile(int64_t rows, int64_t panels, const TileArgs& args) {
 
 constexpr int kTileColumns = kPanels * kPanelColumns;
 
-struct Tile {
-  const int32_t* sum;  // [rows][stride]
-  int64_t stride;
-  int64_t row, rows;  // in the block
-  int64_t columns;
-  const float* weight_scale;  // [kTileColumns], zero padded, as is bias
-  const float* bias;
-};
-
-template <LinearActivation A>
-inline VecF activate(VecF x) {
-  if constexpr (A == LinearActivation::relu) return relu(x);
-  if constexpr (A == LinearActivation::gelu) return gelu(x);
-  if constexpr (A == LinearActivation::gelu_tanh) return gelu_tanh(x);
-  if constexpr (A == LinearActivation::silu) return silu(x);
-  return x;
-}
-
-template <class T, LinearActivation A>
-void finish(const QuantizedLinearBlock& block, const Tile& tile, T* output) {
-  for (int64_t r = 0; r < tile.rows; ++r, output += block.output_stride) {
-    const VecF input_scale = broadcast<VecF>(block.input_scale[tile.row + r]);
-    for (int64_t n = 0; n < tile.columns; n += kLanesF) {
-      VecI32 sum;
-      memcpy(&sum, tile.sum + r * tile.stride + n, sizeof sum);
-      const VecF x = __builtin_convertvector(sum, VecF) * input_scale;
-      const VecF y = activate<A>(fma(x, load(tile.weight_scale + n), load(tile.bias + n)));
-      if (tile.columns - n >= kLanesF) {
-        store(output + n, y);
-      } else {
-        store_partial(output + n, y, tile.columns - n);
-      }
-    }
-  }
-}
-
 template <class T>
 struct ToOutput {
-  using Output = T;
-  static void run(const QuantizedLinearBlock& block, const Tile& tile, T* output) {
-    switch (block.activation) {
-      case LinearActivation::identity:
-        return finish<T, LinearActivation::identity>(block, tile, output);
-      case LinearActivation::relu:
-        return finish<T, LinearActivation::relu>(block, tile, output);
-      case LinearActivation::gelu:
-        return finish<T, LinearActivation::gelu>(block, tile, output);
-      case LinearActivation::gelu_tanh:
-        return finish<T, LinearActivation::gelu_tanh>(block, tile, output);
-      case LinearActivation::silu:
-        return finish<T, LinearActivation::silu>(block, tile, output);
-    }
+  static void run(const LinearEpilogue& to, const LinearTile<int32_t>& tile) {
+    finish<T>(to, tile);
   }
 };
 
 struct ToSums {
-  using Output = int32_t;
-  static void run(const QuantizedLinearBlock& block, const Tile& tile, int32_t* output) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      memcpy(output + r * block.output_stride, tile.sum + r * tile.stride,
-             (size_t)tile.columns * sizeof(int32_t));
+  static void run(const LinearEpilogue& to, const LinearTile<int32_t>& tile) {
+    int32_t* output = static_cast<int32_t*>(to.output) + tile.row * to.output_stride + tile.column;
+    for (int64_t r = 0; r < tile.rows; ++r, output += to.output_stride) {
+      memcpy(output, tile.sum + r * tile.stride, (size_t)tile.columns * sizeof(int32_t));
     }
   }
 };
@@ -264,16 +215,12 @@ struct ToSums {
 // Panels outside, rows inside: a group of panels stays in the second cache while all rows pass.
 template <class Finish>
 void for_each_tile(const QuantizedLinearBlock& block) {
-  using Output = typename Finish::Output;
   const int64_t panel_stride = block.quads * kPanelColumns * kQuad;
   alignas(64) int32_t sum[kRows * kTileColumns];
   for (int64_t n = 0; n < block.columns; n += kTileColumns) {
     const int64_t rest = block.columns - n;
     const int64_t columns = rest < kTileColumns ? rest : kTileColumns;
     const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
-    float weight_scale[kTileColumns] = {}, bias[kTileColumns] = {};
-    if (block.weight_scale) memcpy(weight_scale, block.weight_scale + n, (size_t)columns * 4);
-    if (block.bias) memcpy(bias, block.bias + n, (size_t)columns * 4);
     for (int64_t row = 0; row < block.rows; row += kRows) {
       const int64_t rows = block.rows - row < kRows ? block.rows - row : kRows;
       any_tile<kRows, kPanels>(rows, panels,
@@ -284,15 +231,12 @@ void for_each_tile(const QuantizedLinearBlock& block) {
                                 .quads = block.quads,
                                 .weight_sum = block.weight_sum + n,
                                 .c = sum});
-      Finish::run(block,
-                  {.sum = sum,
-                   .stride = panels * kPanelColumns,
-                   .row = row,
-                   .rows = rows,
-                   .columns = columns,
-                   .weight_scale = weight_scale,
-                   .bias = bias},
-                  static_cast<Output*>(block.output) + row * block.output_stride + n);
+      Finish::run(block.epilogue, {.sum = sum,
+                                   .stride = panels * kPanelColumns,
+                                   .row = row,
+                                   .rows = rows,
+                                   .column = n,
+                                   .columns = columns});
     }
   }
 }

@@ -14,7 +14,6 @@ namespace {
 using kernels::DType;
 using kernels::kPanelColumns;
 using kernels::kQuad;
-using kernels::LinearActivation;
 using kernels::QuantizedLinearBlock;
 
 // Bytes of quantized rows made at a time: bounds the scratch memory of a call, and stays in the
@@ -58,7 +57,7 @@ struct Rows {
 };
 
 // Quantizes the rows and calls `run` once for each block of the product, blocks in parallel, with
-// the first row and column of the block; `run` finds everything but the output filled in.
+// the first row and column of the block; `run` finds all but the epilogue filled in.
 template <class F>
 void for_each_block(const LinearShape& shape, const Tensor& input, const Tensor& packed_weight,
                     const Tensor& weight_sum, float* input_scale, const F& run) {
@@ -102,17 +101,12 @@ void for_each_block(const LinearShape& shape, const Tensor& input, const Tensor&
                      QuantizedLinearBlock block{
                          .quantized = quantized + row * stride,
                          .quantized_stride = stride,
-                         .input_scale = input_scale + first + row,
                          .rows = std::min(task_rows, count - row),
                          .panels = panels + column * shape.quads * kQuad,
                          .weight_sum = sums + column,
                          .quads = shape.quads,
                          .columns = std::min(kTaskColumns, shape.out_features - column),
-                         .weight_scale = nullptr,
-                         .bias = nullptr,
-                         .activation = LinearActivation::identity,
-                         .output = nullptr,
-                         .output_stride = shape.out_features};
+                         .epilogue = {}};
                      run(block, first + row, column);
                    }
                  });
@@ -120,36 +114,28 @@ void for_each_block(const LinearShape& shape, const Tensor& input, const Tensor&
 }
 
 Tensor quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor weight_sum,
-                        std::optional<Tensor> bias, int64_t in_features, String activation) {
+                        std::optional<Tensor> bias, std::optional<Tensor> residual,
+                        int64_t in_features, String activation, int64_t input_group_size) {
   const char* op = "quantized_linear";
   const LinearShape shape =
       check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
   check_weight_sum(op, weight_sum, shape);
-  check_linear_bias(op, bias, shape);
-  const LinearActivation act = parse_linear_activation(op, activation);
+  TORCHWELD_CHECK(input_group_size == 0, op, "input_group_size", "0", input_group_size);
 
   const NoGradGuard no_grad;
   Tensor output = torch::stable::new_empty(input, with_last_size(input, shape.out_features));
+  const LinearTail tail(op, output, bias, residual, activation);
   if (output.numel() == 0) return output;
-  if (bias) {
-    if (bias->scalar_type() != ScalarType::Float)
-      bias = torch::stable::to(*bias, ScalarType::Float);
-    bias = torch::stable::contiguous(*bias);
-  }
-  const float* bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
   const float* scale_data = weight_scale.const_data_ptr<float>();
-  char* output_data = static_cast<char*>(output.mutable_data_ptr());
-  const int64_t element = output.element_size();
   const auto& multiply =
       cpu_kernels().quantized_linear->multiply[static_cast<size_t>(*to_dtype(input.scalar_type()))];
 
   const std::unique_ptr<float[]> input_scale(new float[shape.rows]);
   for_each_block(shape, input, packed_weight, weight_sum, input_scale.get(),
                  [&](QuantizedLinearBlock& block, int64_t row, int64_t column) {
-                   block.weight_scale = scale_data + column;
-                   block.bias = bias_data ? bias_data + column : nullptr;
-                   block.activation = act;
-                   block.output = output_data + (row * shape.out_features + column) * element;
+                   block.epilogue = tail.at(row, column);
+                   block.epilogue.input_scale = input_scale.get() + row;
+                   block.epilogue.weight_scale = scale_data + column;
                    multiply(block);
                  });
   return output;
@@ -173,7 +159,8 @@ std::tuple<Tensor, Tensor> quantized_linear_accumulators(Tensor input, Tensor pa
   const auto& accumulate = cpu_kernels().quantized_linear->accumulate;
   for_each_block(shape, input, packed_weight, weight_sum, input_scale.mutable_data_ptr<float>(),
                  [&](QuantizedLinearBlock& block, int64_t row, int64_t column) {
-                   block.output = data + row * shape.out_features + column;
+                   block.epilogue.output = data + row * shape.out_features + column;
+                   block.epilogue.output_stride = shape.out_features;
                    accumulate(block);
                  });
   return {sums, input_scale};
