@@ -111,11 +111,11 @@ class MultiheadAttention(nn.Module):
         k = self._heads(self.k_proj(key), is_batched)
         v = self._heads(self.v_proj(value), is_batched)
         mask = self._mask(attn_mask, key_padding_mask, q, k)
-        if self.bias_k is not None and self.bias_v is not None:
-            rows = [k.shape[0], self.num_heads, 1, self.head_dim]
-            one = [1, self.num_heads, 1, self.head_dim]
-            k = torch.cat([k, self.bias_k.to(k.dtype).view(one).expand(rows)], 2)
-            v = torch.cat([v, self.bias_v.to(v.dtype).view(one).expand(rows)], 2)
+        bias_k, bias_v = self.bias_k, self.bias_v
+        if bias_k is not None and bias_v is not None:
+            rows, one = [k.shape[0], -1, -1, -1], [1, self.num_heads, 1, self.head_dim]
+            k = torch.cat([k, bias_k.to(k.dtype).view(one).expand(rows)], 2)
+            v = torch.cat([v, bias_v.to(v.dtype).view(one).expand(rows)], 2)
         if self.add_zero_attn:
             k, v = F.pad(k, [0, 0, 0, 1]), F.pad(v, [0, 0, 0, 1])
         if mask is not None and mask.shape[3] < k.shape[2]:

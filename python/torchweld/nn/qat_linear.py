@@ -167,8 +167,7 @@ class _StraightThrough(torch.autograd.Function):
             before = activation_gradient(activation, before, layer(input).float())
             layer.activation = activation
         rows = before.flatten(0, -2) if before.dim() > 1 else before[None]
-        grads = [None] * 5
-        grads: list[Tensor | None] = [None] * 5
+        grads: list[Tensor | None] = [None] * 4
         if ctx.needs_input_grad[0]:
             grads[0] = before @ layer.weight()
         if ctx.needs_input_grad[1]:
@@ -178,4 +177,4 @@ class _StraightThrough(torch.autograd.Function):
             grads[2] = rows.sum(0)
         if ctx.needs_input_grad[3]:
             grads[3] = grad
-        return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes)), None
+        return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
