@@ -144,8 +144,33 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   m.def(
       "quantized_linear_accumulators(Tensor input, Tensor packed_weight, Tensor weight_scale, "
       "Tensor weight_sum, int in_features) -> (Tensor, Tensor)");
-  // grad @ (weight_scale * weight), the weight rounded to grad's dtype: [..., N] -> [..., K].
+  // grad @ (weight_scale * weight) in float32, rounded once to grad's dtype: [..., N] -> [..., K].
+  // The weight is turned into floats by tiles. Also the gradient of weight_only_linear.
   m.def(
       "quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale, "
       "int in_features) -> Tensor");
+  // activation(input @ (weight_scale * weight)^T + bias) + residual with activations left floating
+  // point; the arguments are those of quantized_linear. Same bits on every CPU instruction set, for
+  // any number of threads and of rows.
+  m.def(
+      "weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, "
+      "Tensor? residual, int in_features, str activation=\"identity\") -> Tensor");
+
+  // The same with a weight of 4 bits, (u - zero) * scale in groups of K, and activations quantized
+  // per row to int8. packed_weight uint8 [ceil(N/16), groups * group_size / 8, 16, 4]: byte i of
+  // octet j holds k = 8 j + i in the low bits and 8 j + 4 + i in the high ones; weight_scale
+  // bfloat16 and weight_zero uint8, within 15, [ceil(N/16), groups, 16]. groups = ceil(K /
+  // group_size). Scales that pad N are 0. K = in_features, N = out_features. Bits as above.
+  m.def(
+      "quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor weight_zero, Tensor? bias, Tensor? residual, int in_features, int out_features, "
+      "str activation=\"identity\") -> Tensor");
+  // The integers inside: int32 sums [..., groups, N] and the float32 scale [...] of every row.
+  m.def(
+      "quantized_linear_int4_accumulators(Tensor input, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor weight_zero, int in_features, int out_features) -> (Tensor, Tensor)");
+  // grad @ weight in float32, rounded once to grad's dtype: [..., N] -> [..., K].
+  m.def(
+      "quantized_linear_int4_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor weight_zero, int in_features, int out_features) -> Tensor");
 }

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "ops/check.h"
+#include "ops/cpu/linear_rows.h"
 #include "ops/kernels.h"
 #include "ops/parallel.h"
 
@@ -29,33 +30,6 @@ constexpr int64_t kGrainProducts = 1 << 21;  // multiplied
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : data_(static_cast<char*>(::operator new(bytes, kAlign))) {}
-  ~Scratch() { ::operator delete(data_, kAlign); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  char* data_;
-};
-
-// Rows of consecutive elements at one stride, copied only where `tensor` is not that already.
-struct Rows {
-  explicit Rows(const Tensor& source) : tensor(source), stride(source.size(source.dim() - 1)) {
-    if (tensor.is_contiguous()) return;
-    if (tensor.dim() == 2 && tensor.stride(1) == 1) {
-      stride = tensor.stride(0);
-    } else {
-      tensor = torch::stable::contiguous(tensor);
-    }
-  }
-  Tensor tensor;
-  int64_t stride;
-};
-
 // Quantizes the rows and calls `run` once for each block of the product, blocks in parallel, with
 // the first row and column of the block; `run` finds all but the epilogue filled in.
 template <class F>
@@ -72,7 +46,7 @@ void for_each_block(const LinearShape& shape, const Tensor& input, const Tensor&
   // A stride that is a multiple of 4096 would map all rows to the same lines of the first cache.
   const int64_t stride = round_up(shape.in_features, kernels::kQuantizedRowAlign) + 64;
   const int64_t chunk = std::min(shape.rows, std::max<int64_t>(64, kScratchBytes / stride / 8 * 8));
-  const Scratch scratch(chunk * stride);
+  const Scratch scratch(chunk * stride / 4);
   auto* quantized = reinterpret_cast<int8_t*>(scratch.data());
 
   // The rows of a task, half a megabyte of them, stay in the second cache.
@@ -166,40 +140,11 @@ std::tuple<Tensor, Tensor> quantized_linear_accumulators(Tensor input, Tensor pa
   return {sums, input_scale};
 }
 
-Tensor quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale,
-                                 int64_t in_features) {
-  const char* op = "quantized_linear_backward";
-  const LinearShape shape =
-      check_quantized_linear(op, "grad", grad, false, packed_weight, weight_scale, in_features);
-
-  const NoGradGuard no_grad;
-  Tensor weight = torch::stable::new_empty(grad, {shape.out_features, in_features});
-  const int8_t* panels = packed_weight.const_data_ptr<int8_t>();
-  const float* scale_data = weight_scale.const_data_ptr<float>();
-  char* data = static_cast<char*>(weight.mutable_data_ptr());
-  const int64_t element = weight.element_size();
-  const auto& dequantize =
-      cpu_kernels()
-          .quantized_linear->dequantize[static_cast<size_t>(*to_dtype(grad.scalar_type()))];
-  parallel_for(shape.panels, kGrainElements / (in_features * kPanelColumns + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 const int64_t column = begin * kPanelColumns;
-                 dequantize({.panels = panels + column * shape.quads * kQuad,
-                             .quads = shape.quads,
-                             .columns = std::min(end * kPanelColumns, shape.out_features) - column,
-                             .in_features = in_features,
-                             .weight_scale = scale_data + column,
-                             .output = data + column * in_features * element});
-               });
-  return torch::stable::matmul(grad, weight);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("quantized_linear_accumulators", TORCH_BOX(&quantized_linear_accumulators));
-  m.impl("quantized_linear_backward", TORCH_BOX(&quantized_linear_backward));
 }
 
 }  // namespace torchweld::ops
