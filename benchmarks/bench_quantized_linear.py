@@ -9,7 +9,7 @@ import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,6 +24,13 @@ from benchmarks.records import OURS, PEER, STOCK
 from tests.reference import quantized_linear as reference
 
 Run = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Run] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def decibels(least: float) -> float:
@@ -79,30 +86,67 @@ def checked_int8(layer: nn.Linear) -> tw.nn.QuantizedLinear:
 
 
 # torch.ao has one scale for the whole weight, and for the whole input one scale and 7 bits
-# (reduce_range); ours promises 37.5 dB on Gaussian data.
+# (reduce_range). What ours promise, they promise on Gaussian data.
 FLOAT32 = Way("float32", copy.deepcopy, 4, 1e-5)
 BFLOAT16 = Way(
     "bfloat16", lambda layer: copy.deepcopy(layer).bfloat16(), 2, 1e-2, dtype=torch.bfloat16
 )
-INT8 = Way("torchweld", checked_int8, 1, decibels(37.5), OURS)
 STOCK_INT8 = [
-    Way(
-        f"quantize_dynamic {engine}", partial(linear_peers.quantize_dynamic, engine=engine), 1, 0.05
-    )
-    for engine in linear_peers.engines()
+    Way(f"quantize_dynamic {name}", partial(linear_peers.quantize_dynamic, engine=name), 1, 0.05)
+    for name in linear_peers.engines()
 ]
+INT8 = Way("torchweld", checked_int8, 1, decibels(37.5), OURS)
+RIVAL_INT8 = replace(INT8, name="torchweld int8", kind=PEER)
+WEIGHT_ONLY = Way("torchweld", tw.nn.WeightOnlyLinear.from_float, 1, decibels(40), OURS)
+INT4 = [
+    Way(
+        f"torchweld int4 in groups of {group}",
+        partial(tw.nn.Int4Linear.from_float, group_size=group),
+        0.5 + 3 / group,  # a scale of two bytes and a zero of one
+        decibels(least),
+        OURS,
+    )
+    for group, least in ((128, 18.5), (32, 20.0))
+]
+# What the epilogue and the dtype of input and output cost: half the signal may be lost to ReLU.
+FUSED = decibels(34)
 
 
 def jobs(quick: bool, compiled: bool) -> Iterator[Job]:
+    warm = cases.LINEAR_QUICK if quick else cases.LINEAR
     if held := os.environ.get("TORCHWELD_CPU_CAPABILITY"):
-        for case in cases.LINEAR_QUICK if quick else cases.LINEAR:
+        for case in warm:
             ways = partial(against, case, [FLOAT32, INT8])
             yield Job(f"quantized_linear on {held}", case.name, ways)
         return
-    for case in cases.LINEAR_QUICK if quick else cases.LINEAR:
+    cold = cases.LINEAR_COLD[:1] if quick else cases.LINEAR_COLD
+    few = warm if quick else cases.LINEAR_FEW
+    for case in warm:
         yield Job("quantized_linear", case.name, partial(int8, case, compiled))
-    for case in cases.LINEAR_COLD[:1] if quick else cases.LINEAR_COLD:
+    for case in cold:
         yield Job("quantized_linear cold", case.name, partial(int8, case, compiled, cold=True))
+    for case in cold:
+        yield Job("quantized_linear int4 cold", case.name, partial(int4, case, cold=True))
+    for case in few:
+        yield Job("quantized_linear int4", case.name, partial(int4, case))
+    bfloat16 = replace(WEIGHT_ONLY, name="torchweld bfloat16", dtype=torch.bfloat16, tolerance=1e-2)
+    for case in cold:
+        ways = [FLOAT32, BFLOAT16, WEIGHT_ONLY, bfloat16]
+        yield Job("weight_only_linear cold", case.name, partial(against, case, ways, cold=True))
+    for case in few:
+        ways = [FLOAT32, WEIGHT_ONLY]
+        yield Job("weight_only_linear", case.name, partial(against, case, ways))
+    for case in few[:1] if quick else few:
+        for activation in ("identity", "relu", "gelu", "gelu_tanh", "silu"):
+            name = f"{case.name} {activation}"
+            yield Job("quantized_linear epilogue", name, partial(epilogue, case, activation))
+        name = f"{case.name} identity + residual"
+        yield Job("quantized_linear epilogue", name, partial(epilogue, case, "identity", True))
+        for dtype in (torch.bfloat16, torch.float16):
+            name = f"{case.name} {str(dtype).removeprefix('torch.')}"
+            other = replace(INT8, dtype=dtype, tolerance=FUSED)
+            ways = [replace(INT8, name="torchweld float32", kind=PEER), other]
+            yield Job("quantized_linear dtype", name, partial(against, case, ways))
 
 
 def int8(case: cases.LinearCase, compiled: bool, cold: bool = False) -> Setup:
@@ -111,14 +155,60 @@ def int8(case: cases.LinearCase, compiled: bool, cold: bool = False) -> Setup:
     return against(case, [FLOAT32, BFLOAT16, *STOCK_INT8, *peers, INT8], cold)
 
 
+def int4(case: cases.LinearCase, cold: bool = False) -> Setup:
+    """Int4 weights against int8 ones, ours among them: fewer bytes shall not be slower."""
+    peers = linear_peers.peers(compiled=False).items()
+    rivals = [*STOCK_INT8, *(Way(name, make, 1, 0.05, PEER) for name, make in peers), RIVAL_INT8]
+    return against(case, [*rivals, *INT4], cold)
+
+
+def epilogue(case: cases.LinearCase, activation: str, residual: bool = False) -> Setup:
+    """Bias, activation and residual behind the product, against the product alone."""
+    layer, x = drawn(case)
+    added = torch.randn(case.m, case.n) if residual else None
+    fused = tw.nn.QuantizedLinear.from_float(layer, activation)
+    stripped = copy.deepcopy(layer)
+    stripped.bias = None
+    bare = tw.nn.QuantizedLinear.from_float(stripped)
+
+    def finished(product: Tensor) -> Tensor:
+        y = ACTIVATIONS[activation](product + layer.bias)
+        return y if added is None else y + added
+
+    @torch.no_grad()
+    def ours() -> Sequence[Tensor]:
+        return (fused(x, added),)
+
+    @torch.no_grad()
+    def product() -> Sequence[Tensor]:
+        return (bare(x),)
+
+    @torch.no_grad()
+    def completed() -> Sequence[Tensor]:
+        return (finished(bare(x)),)
+
+    exact = finished(F.linear(x.double(), layer.weight.double()))
+    contenders = [
+        Contender("bare product", product, FUSED, PEER, check=completed),
+        Contender("torchweld", ours, FUSED, OURS),
+    ]
+    return Setup(contenders, [exact], [cost(case, 1)])
+
+
 def against(case: cases.LinearCase, ways: Sequence[Way], cold: bool = False) -> Setup:
     """Return the ways side by side, over the floor of the weight with the fewest bytes."""
     layer, x = drawn(case)
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    weight = int(min(way.bytes for way in ways) * layer.weight.numel())
+    floor = cost(case, min(way.bytes for way in ways), cold)
+    contenders = [way.contender(layer, x, cold) for way in ways]
+    return Setup(contenders, [exact], [floor])
+
+
+def cost(case: cases.LinearCase, bytes: float, cold: bool = False) -> Cost:
+    """Return that of a weight with so many bytes an element, beside float32 input and output."""
+    weight = int(bytes * case.n * case.k)
     traffic = weight if cold else weight + 4 * case.m * (case.n + case.k)
-    cost = Cost(traffic, 2 * case.m * case.n * case.k, "int8", cold)
-    return Setup([way.contender(layer, x, cold) for way in ways], [exact], [cost])
+    return Cost(traffic, 2 * case.m * case.n * case.k, "int8", cold)
 
 
 def drawn(case: cases.LinearCase) -> tuple[nn.Linear, Tensor]:

@@ -222,4 +222,10 @@ LINEAR_COLD = [
         ),
     )
 ]  # fmt: skip
+# Where other questions are asked: a token or four, a batch, and a large one.
+LINEAR_FEW = [
+    *itertools.starmap(
+        LinearCase, ((1, 4096, 4096), (4, 4096, 4096), (32, 1000, 2048), (128, 3072, 768))
+    )
+]
 LINEAR_QUICK = [LinearCase(64, 128, 576), LinearCase(5, 257, 129)]
