@@ -3,9 +3,10 @@
     python -m benchmarks.linear_rule build/linear.csv --sweep     # measures, under a minute
     python -m benchmarks.linear_rule build/linear.csv             # prints what to put in _rule.py
 
-Every layer is timed as a module, since that is what a call costs. A config gets the pair of least
-sizes under which the layers taken gain most; a loss weighs more than a gain, as in the rule for
-convolutions.
+Every layer is timed as a module, since that is what a call costs, with 1, 16 and 128 rows: its time
+is that of all three, so that microseconds lost on one row do not outweigh what a batch saves.
+A config gets the pair of smallest sizes with which the layers taken gain most; a loss weighs more
+than a gain, as in the rule for convolutions.
 """
 
 from __future__ import annotations
@@ -64,21 +65,25 @@ def measure(modules: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, 
         return Contender(name, lambda: [module(x)], 0.0)
 
     group = [contender(*item) for item in modules.items()]
-    sample(group[0].run, 10)
-    calls = {c.name: max(1, round(SAMPLE_MS / sample(c.run, 3))) for c in group}
+    once = {c.name: min(sample(c.run, 1) for _ in range(5)) for c in group}
+    calls = {name: max(1, round(SAMPLE_MS / ms)) for name, ms in once.items()}
     times = interleave(group, rounds, calls)
     return {name: round(1e3 * min(found), 3) for name, found in times.items()}
 
 
 def read(path: Path) -> dict[str, list[Layer]]:
-    """Return the layers of each config."""
-    layers: dict[str, list[Layer]] = {name: [] for name in CONFIGS}
+    """Return the layers of each config: a call of each number of rows, taken together."""
+    times: dict[tuple[int, int], dict[str, float]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            for name, found in layers.items():
-                gain = math.log(float(row["float32"]) / float(row[name]))
-                found.append(Layer(int(row["in_features"]), int(row["out_features"]), gain))
-    return layers
+            size = int(row["in_features"]), int(row["out_features"])
+            total = times.setdefault(size, dict.fromkeys(("float32", *CONFIGS), 0.0))
+            for name in total:
+                total[name] += float(row[name])
+    return {
+        name: [Layer(*size, math.log(t["float32"] / t[name])) for size, t in times.items()]
+        for name in CONFIGS
+    }
 
 
 def taken(layers: Sequence[Layer], smallest: tuple[int, int]) -> list[Layer]:
@@ -104,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_rule", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="CSV")
     parser.add_argument("--sweep", action="store_true", help="measure and write the file first")
-    parser.add_argument("--rounds", type=int, default=9, help="a layer (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="a layer (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
     options = parser.parse_args()
     if options.sweep:
