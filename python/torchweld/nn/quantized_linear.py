@@ -11,11 +11,15 @@ from typing_extensions import Self
 from torchweld.nn.integer_linear import IntegerLinear
 from torchweld.ops.quantized_linear import (
     MAX_IN_FEATURES,
+    QUAD,
     invalid_qweight,
     pack_weight,
     quantize_weight,
     unpack_weight,
 )
+
+# Sums of more products of a group could overflow int32.
+_MAX_GROUP_SIZE = 1 << 16
 
 
 class _Int8Linear(IntegerLinear):
@@ -303,6 +307,9 @@ def fake_quantized(input: Tensor, group_size: int) -> Tensor:
 
 def invalid_input_group_size(size: int) -> str | None:
     """Say why inputs cannot be scaled in groups of a size ("expected ..., got ..."), or None."""
-    if size == 0 or (size >= 4 and size % 4 == 0):
+    if 0 <= size <= _MAX_GROUP_SIZE and size % QUAD == 0:
         return None
-    return f"expected 0, for a scale per row, or a multiple of 4, got {size}"
+    return (
+        f"expected 0, for a scale per row, or a multiple of {QUAD} up to {_MAX_GROUP_SIZE}, got "
+        f"{size}"
+    )
