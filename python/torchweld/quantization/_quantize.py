@@ -21,10 +21,12 @@ from torchweld.quantization._reasons import (
 )
 from torchweld.report import Report, Row, record
 
+_INT8 = Int8()
+
 
 def quantize(
     model: nn.Module,
-    config: Config = Int8(),
+    config: Config = _INT8,
     *,
     exclude: Exclusion | Iterable[Exclusion] = (),
     keep_small: bool = True,
@@ -91,7 +93,7 @@ def quantize(
 
 def prepare_qat(
     model: nn.Module,
-    config: Config = Int8(),
+    config: Config = _INT8,
     *,
     exclude: Exclusion | Iterable[Exclusion] = (),
     keep_small: bool = True,
