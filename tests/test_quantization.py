@@ -166,7 +166,7 @@ def with_nan(linear):
         (lambda: nn.Linear(8, 8).double(), "weight is torch.float64"),
         (lambda: with_nan(nn.Linear(8, 8)), "weight holds a NaN"),
         (lambda: nn.Linear(8, 8, device="meta"), "weight is on meta"),
-        (lambda: nn.Linear(133145, 1), "more than 133144 input features"),
+        (lambda: nn.Linear(2**24 + 1, 1), "more than 16777216 input features"),
     ],
 )
 def test_left_alone_and_reported(layer, reason):

@@ -90,8 +90,8 @@ def test_from_float_refuses():
 
 
 def test_constructor_refuses():
-    with pytest.raises(ValueError, match="in_features: expected 0 to 133144, got 133145"):
-        tw.nn.QuantizedLinear(133145, 1)
+    with pytest.raises(ValueError, match=f"in_features: expected 0 to {2**24}, got"):
+        tw.nn.QuantizedLinear(2**24 + 1, 1)
     with pytest.raises(ValueError, match="out_features: expected 0 or more, got -1"):
         tw.nn.QuantizedLinear(1, -1)
 
