@@ -243,7 +243,7 @@ def with_nan(linear):
         (lambda: nn.Linear(8, 8).double(), "weight is torch.float64"),
         (lambda: with_nan(nn.Linear(8, 8)), "weight holds a NaN"),
         (lambda: nn.Linear(8, 8, device="meta"), "weight is on meta"),
-        (lambda: nn.Linear(133145, 1), "more than 133144 input features"),
+        (lambda: nn.Linear(2**24 + 1, 1), "more than 16777216 input features"),
         (lambda: nn.LSTM(8, 8), "LSTM is not converted"),
         (lambda: nn.GRUCell(8, 8), "GRUCell is not converted"),
         (lambda: OwnAttention(8, 2), "OwnAttention is not nn.MultiheadAttention itself"),
