@@ -16,7 +16,7 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
   TORCHWELD_CHECK(dtype && *dtype != kernels::DType::float64, op, argument,
                   "float32, bfloat16 or float16", dtype_name(matrix.scalar_type()));
   TORCHWELD_CHECK(in_features >= 0 && in_features <= kernels::kMaxInFeatures, op, "in_features",
-                  "0 to " << kernels::kMaxInFeatures << ", so that int32 sums cannot overflow",
+                  "0 to " << kernels::kMaxInFeatures << ", so that sums of weights fit int32",
                   in_features);
   TORCHWELD_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.dim() == 1 &&
                       weight_scale.is_contiguous(),
@@ -51,6 +51,13 @@ void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShap
           weight_sum.dim() == 1 && weight_sum.size(0) == shape.panels * kernels::kPanelColumns,
       op, "weight_sum", "contiguous int32 [" << shape.panels * kernels::kPanelColumns << "]",
       dtype_name(weight_sum.scalar_type()) << " " << shape_string(weight_sum));
+}
+
+void check_group_size(const char* op, int64_t input_group_size) {
+  constexpr int64_t kMost = 1 << 16;
+  TORCHWELD_CHECK(
+      input_group_size >= 0 && input_group_size <= kMost && input_group_size % kernels::kQuad == 0,
+      op, "input_group_size", "0 or a multiple of 4 up to " << kMost, input_group_size);
 }
 
 }  // namespace torchweld::ops

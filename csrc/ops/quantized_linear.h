@@ -13,6 +13,11 @@ struct LinearShape {
   int64_t out_features;
   int64_t panels;  // ceil(out_features / 16)
   int64_t quads;   // ceil(in_features / 4)
+
+  // Scales of an input row; even one of no elements has one.
+  int64_t groups(int64_t group_size) const {
+    return group_size && in_features ? (in_features + group_size - 1) / group_size : 1;
+  }
 };
 
 // Throws unless the packed weight and its scales fit each other, and `matrix`, the argument of that
@@ -22,5 +27,8 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
                                    const Tensor& weight_scale, int64_t in_features);
 
 void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape);
+
+// Throws unless it is 0 or a multiple of 4 whose sums fit int32.
+void check_group_size(const char* op, int64_t input_group_size);
 
 }  // namespace torchweld::ops

@@ -156,7 +156,7 @@ def test_compilers_and_files():
 def test_refuses():
     _, ours = make(batch_first=True)
     x = inputs(True)[0]
-    with pytest.raises(ValueError, match="attn_mask: expected the causal mask .*, got None"):
+    with pytest.raises(ValueError, match=r"attn_mask: expected the causal mask .*, got None"):
         ours(x, x, x, is_causal=True)
     nested = torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged)
     with pytest.raises(ValueError, match="query: expected a dense tensor, got a nested one"):
@@ -165,5 +165,5 @@ def test_refuses():
     class Own(nn.MultiheadAttention):
         pass
 
-    with pytest.raises(TypeError, match="expected an nn.MultiheadAttention, got Own"):
+    with pytest.raises(TypeError, match=r"expected an nn\.MultiheadAttention, got Own"):
         tw.nn.MultiheadAttention.from_float(Own(E, H))

@@ -128,9 +128,9 @@ def test_compiled():
 
 
 def test_refuses():
-    with pytest.raises(TypeError, match="kind: expected one of QuantizedLinear, .*got .*Linear"):
+    with pytest.raises(TypeError, match=r"kind: expected one of QuantizedLinear, .*got .*Linear"):
         tw.nn.QATLinear(8, 8, kind=nn.Linear)
-    with pytest.raises(ValueError, match="group_size: expected .*, got 12"):
+    with pytest.raises(ValueError, match=r"group_size: expected .*, got 12"):
         tw.nn.QATLinear(64, 8, kind=tw.nn.Int4Linear, options={"group_size": 12})
     module = tw.nn.QATLinear(8, 8)
     with torch.no_grad():
@@ -139,6 +139,5 @@ def test_refuses():
         module(randn(2, 8))
     module = tw.nn.QATLinear(8, 8)
     x = randn(2, 8).requires_grad_()
-    (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiated once, got a second derivative"):
+        torch.autograd.grad(module(x).sum(), x, create_graph=True)

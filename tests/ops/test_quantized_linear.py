@@ -47,8 +47,9 @@ class Weight:
         self.bias = torch.randn(n, generator=generator) if bias else None
         self.packed, self.sum = tw.ops.pack_weight(self.q)
 
-    def __call__(self, x, activation="identity", residual=None):
-        return op(x, self.packed, self.scale, self.sum, self.bias, residual, self.k, activation)
+    def __call__(self, x, activation="identity", residual=None, group_size=0):
+        weight = self.packed, self.scale, self.sum, self.bias
+        return op(x, *weight, residual, self.k, activation, group_size)
 
     def accumulators(self, x):
         return accumulators(x, self.packed, self.scale, self.sum, self.k)
@@ -71,17 +72,6 @@ def test_sums_and_scales_are_exact(shape, dtype):
     assert sums.dtype == torch.int32
     assert torch.equal(sums.long(), expected_sums)
     assert torch.equal(scale, expected_scale)
-
-
-def test_sums_are_exact_at_the_largest_k():
-    k = 133144
-    q = torch.full((2, k), 127, dtype=torch.int8)
-    q[1] = -127
-    packed, weight_sum = tw.ops.pack_weight(q)
-    sums, _ = accumulators(torch.ones(1, k), packed, torch.ones(2), weight_sum, k)
-    assert sums.tolist() == [[127 * 127 * k, -127 * 127 * k]]
-    with pytest.raises(ValueError, match="at most 133144 input features, got 133145"):
-        tw.ops.pack_weight(torch.zeros(1, k + 1, dtype=torch.int8))
 
 
 def test_rounds_half_to_even():
@@ -201,14 +191,16 @@ def test_does_not_depend_on_the_number_of_threads():
 def _digest() -> str:
     """A hash over the bits of outputs, sums, scales and gradients of many cases."""
     digest = hashlib.sha256()
-    for m, n, k in [*SHAPES, (1, 2, 133144)]:
+    for m, n, k in [*SHAPES, (1, 2, 133144), (2, 3, 140001)]:
         layer = Weight(n, k)
         for dtype in DTYPES:
             x = randn(m, k, dtype=dtype)
-            sums, scale = layer.accumulators(x)
-            digest.update(sums.numpy().tobytes() + scale.numpy().tobytes())
+            if k <= 133144:
+                sums, scale = layer.accumulators(x)
+                digest.update(sums.numpy().tobytes() + scale.numpy().tobytes())
             for activation in ACTIVATIONS:
                 digest.update(layer(x, activation).float().numpy().tobytes())
+            digest.update(layer(x, group_size=8).float().numpy().tobytes())
             if k < 1000:
                 weight = backward(torch.eye(n, dtype=dtype), layer.packed, layer.scale, k)
                 digest.update(weight.float().numpy().tobytes())
@@ -314,8 +306,11 @@ def test_quantized_weight_is_the_nearest():
             r"residual: expected floating point \[2, 3\], got.*\[1, 3",
         ),
         ({"residual": torch.zeros(2, 3).int()}, "residual: expected floating point.*got int32"),
-        ({"in_features": 133145}, "in_features: expected 0 to 133144"),
-        ({"in_features": -1}, "in_features: expected 0 to 133144.*got -1"),
+        ({"in_features": 2**24 + 1}, "in_features: expected 0 to 16777216"),
+        ({"in_features": -1}, "in_features: expected 0 to 16777216.*got -1"),
+        ({"input_group_size": 6}, "input_group_size: expected 0 or a multiple of 4.*got 6"),
+        ({"input_group_size": -4}, "input_group_size: expected 0 or a multiple of 4.*got -4"),
+        ({"input_group_size": 65540}, "input_group_size: expected 0 or a.*got 65540"),
         ({"activation": "tanh"}, 'activation: expected identity, relu.*got "tanh"'),
     ],
 )

@@ -69,7 +69,8 @@ void for_each_block(const LinearInt4Shape& shape, const Tensor& input, const Wei
                 .in_features = shape.in_features,
                 .quantized = quantized + begin * stride,
                 .quantized_stride = stride,
-                .scale = input_scale + first + begin});
+                .scale = input_scale + first + begin,
+                .group_size = 0});
       prepare({.quantized = quantized + begin * stride,
                .quantized_stride = stride,
                .rows = end - begin,

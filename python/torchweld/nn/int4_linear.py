@@ -109,16 +109,16 @@ class Int4Linear(IntegerLinear):
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
         """``qweight``, ``weight_scale`` and ``weight_zero``."""
-        return self._named(quantize_weight_int4(weight, self.group_size))
+        return _named(quantize_weight_int4(weight, self.group_size))
 
     def packed(self, canonical: dict[str, Tensor]) -> dict[str, Tensor]:
         """The nibbles, scales and zeros in panels."""
-        packed = pack_weight_int4(**canonical, in_features=self.in_features, group_size=self.group_size)
+        packed = pack_weight_int4(*_weight(canonical), self.in_features, self.group_size)
         return dict(zip(("packed_weight", "packed_scale", "packed_zero"), packed, strict=True))
 
     def canonical(self) -> dict[str, Tensor]:
         """``qweight``, ``weight_scale`` and ``weight_zero``: copies."""
-        return self._named(
+        return _named(
             unpack_weight_int4(
                 self.packed_weight,
                 self.packed_scale,
@@ -133,8 +133,8 @@ class Int4Linear(IntegerLinear):
 
         A method, as in ``torch.ao.nn.quantized``: there is no float weight to be read or written.
         """
-        sizes = {"in_features": self.in_features, "group_size": self.group_size}
-        return dequantize_weight_int4(**self.canonical(), **sizes)
+        weight = _weight(self.canonical())
+        return dequantize_weight_int4(*weight, self.in_features, self.group_size)
 
     def rounded(self, input: Tensor) -> Tensor:
         """Return the input as the product sees it, in float32: what of it rounding leaves."""
@@ -142,8 +142,8 @@ class Int4Linear(IntegerLinear):
 
     def invalid(self, canonical: dict[str, Tensor]) -> list[str]:
         """What is wrong with tensors read from a state_dict: "name: expected ..., got ..."."""
-        sizes = {"in_features": self.in_features, "group_size": self.group_size}
-        problem = invalid_qweight_int4(**canonical, **sizes)
+        weight = _weight(canonical)
+        problem = invalid_qweight_int4(*weight, self.in_features, self.group_size)
         rows = len(canonical["qweight"]) if canonical["qweight"].dim() else 0
         if not problem and rows != self.out_features:
             problem = f"qweight: expected {self.out_features} rows, got {rows}"
@@ -168,6 +168,14 @@ class Int4Linear(IntegerLinear):
         """Sizes and activation, as ``print(module)`` shows them."""
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
-    @staticmethod
-    def _named(tensors: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(("qweight", "weight_scale", "weight_zero"), tensors, strict=True))
+
+_NAMES = ("qweight", "weight_scale", "weight_zero")
+
+
+def _weight(canonical: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    qweight, scale, zero = (canonical[name] for name in _NAMES)
+    return qweight, scale, zero
+
+
+def _named(weight: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(_NAMES, weight, strict=True))

@@ -15,9 +15,9 @@ class MultiheadAttention(nn.Module):
     """An ``nn.MultiheadAttention`` whose projections are modules of their own.
 
     The stock module reads four weights, which only float tensors can be. This one calls ``q_proj``,
-    ``k_proj``, ``v_proj`` and ``out_proj``, which :func:`torchweld.quantize` makes quantized layers.
-    The forward is called as the stock one and computes the same; keys of the state_dict are those
-    of the projections (``q_proj.qweight``, ...), ``bias_k`` and ``bias_v``. Built by
+    ``k_proj``, ``v_proj`` and ``out_proj``, of which :func:`torchweld.quantize` makes quantized
+    layers. The forward is called as the stock one and computes the same; keys of the state_dict are
+    those of the projections (``q_proj.qweight``, ...), ``bias_k`` and ``bias_v``. Built by
     :meth:`from_float`.
 
     Note:
@@ -35,7 +35,10 @@ class MultiheadAttention(nn.Module):
         True
     """
 
-    batch_first: bool
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
     bias_k: Optional[Tensor]  # noqa: UP045
     bias_v: Optional[Tensor]  # noqa: UP045
 

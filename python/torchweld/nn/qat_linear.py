@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from torchweld._dispatch.quantized_linear import activation_gradient
 from torchweld.nn.int4_linear import Int4Linear
 from torchweld.nn.integer_linear import IntegerLinear
 from torchweld.nn.quantized_linear import QuantizedLinear, WeightOnlyLinear
+
+Kind = type[QuantizedLinear] | type[WeightOnlyLinear] | type[Int4Linear]
 
 _KINDS = (QuantizedLinear, WeightOnlyLinear, Int4Linear)
 
@@ -63,7 +64,7 @@ class QATLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         activation: str = "identity",
-        kind: type[IntegerLinear] = QuantizedLinear,
+        kind: Kind = QuantizedLinear,
         options: dict[str, Any] | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -81,7 +82,7 @@ class QATLinear(nn.Linear):
         cls,
         linear: nn.Module,
         activation: str = "identity",
-        kind: type[IntegerLinear] = QuantizedLinear,
+        kind: Kind = QuantizedLinear,
         options: dict[str, Any] | None = None,
     ) -> QATLinear:
         """Build one from a float layer. It shares no memory with it.
@@ -105,7 +106,7 @@ class QATLinear(nn.Linear):
 
     def deployed(self) -> IntegerLinear:
         """Return the layer that a quantized model has in this one's place."""
-        return self.kind._from_float(self, self.activation, **self.options)
+        return self.kind.from_float(self, self.activation, **self.options)
 
     def to_float(self) -> nn.Module:
         """Return a float layer with the weight as it is trained, not rounded.
@@ -122,7 +123,8 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply the layer to ``[..., in_features]`` and add ``residual``."""
-        return _through(self, input, residual)
+        output: Tensor = _through(self, input, residual)
+        return output
 
     def extra_repr(self) -> str:
         """Sizes and what is trained for, as ``print(module)`` shows them."""
@@ -157,11 +159,15 @@ class _StraightThrough(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "QATLinear: expected to be differentiated once, got a second derivative "
+                "(create_graph=True)"
+            )
         (input,) = ctx.saved_tensors
         layer: IntegerLinear = ctx.deployed
-        before = grad.float()
+        before = grad.float()  # of what goes into the activation
         if layer.activation != "identity":
             activation, layer.activation = layer.activation, "identity"
             before = activation_gradient(activation, before, layer(input).float())

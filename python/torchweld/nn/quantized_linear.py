@@ -142,7 +142,7 @@ class QuantizedLinear(_Int8Linear):
     the layout of the kernels, so ``qweight`` is a copy made for the occasion, and loading packs it.
 
     Args:
-        in_features: size of each input row, at most 133144.
+        in_features: size of each input row, at most 16777216.
         out_features: size of each output row.
         bias: whether there is a bias.
         activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
@@ -202,7 +202,7 @@ class QuantizedLinear(_Int8Linear):
 
         Raises:
             ValueError: the weight or the bias holds a NaN or an infinity, is float64 or not
-                floating point, or has more than 133144 columns.
+                floating point, or has more than 16777216 columns.
         """
         return cls._from_float(linear, activation, input_group_size=input_group_size)
 
@@ -246,7 +246,7 @@ class WeightOnlyLinear(_Int8Linear):
     either.
 
     Args:
-        in_features: size of each input row, at most 133144.
+        in_features: size of each input row, at most 16777216.
         out_features: size of each output row.
         bias: whether there is a bias.
         activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.

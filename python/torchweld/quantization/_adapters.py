@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchweld.nn.integer_linear import IntegerLinear
 from torchweld.nn.multihead_attention import MultiheadAttention, projections_of
 from torchweld.nn.packed_linear import PackedLinear
-from torchweld.nn.qat_linear import QATLinear
+from torchweld.nn.qat_linear import Kind, QATLinear
 from torchweld.nn.quantized_linear import QuantizedLinear, WeightOnlyLinear
 from torchweld.quantization._configs import Config, layer_of
 
@@ -32,7 +31,7 @@ class Target:
         return self.TRAINING if self.trains else "quantized_linear"
 
     @property
-    def kind(self) -> type[IntegerLinear]:
+    def kind(self) -> Kind:
         """Class of the deployed layer."""
         return layer_of(self.config)[0]
 
@@ -41,7 +40,7 @@ class Target:
         kind, options = layer_of(self.config)
         if self.trains:
             return QATLinear.from_float(linear, "identity", kind, options)
-        return kind._from_float(linear, "identity", **options)
+        return kind.from_float(linear, "identity", **options)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ def is_imported(module: nn.Module) -> bool:
 
 def _is_of_torch_ao(module: nn.Module, names: tuple[str, ...]) -> bool:
     kind = type(module)
-    if not kind.__module__.startswith(("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")):
+    rooms = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
+    if not kind.__module__.startswith(rooms):
         return False
     return kind.__name__.startswith(names) and not kind.__name__.endswith("PackedParams")
 
@@ -131,11 +131,13 @@ def why_not_imported(module: nn.Module, target: Target) -> str | None:
     """Why the integers of a module cannot be taken over, or None."""
     weight = module.weight()  # type: ignore[operator]
     if not weight.is_quantized:
-        return f"holds a {module._packed_params.dtype} weight"  # type: ignore[union-attr]
+        return f"holds a {module._packed_params.dtype} weight"
     if target.trains or not issubclass(target.kind, (QuantizedLinear, WeightOnlyLinear)):
         return "is int8 already"
     per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-    zero = weight.q_per_channel_zero_points() if per_channel else torch.tensor(weight.q_zero_point())
+    zero = (
+        weight.q_per_channel_zero_points() if per_channel else torch.tensor(weight.q_zero_point())
+    )
     return "its weight has a zero point" if bool(zero.any()) else None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchweld.nn.int4_linear import Int4Linear
-from torchweld.nn.integer_linear import IntegerLinear
+from torchweld.nn.qat_linear import Kind
 from torchweld.nn.quantized_linear import (
     QuantizedLinear,
     WeightOnlyLinear,
@@ -69,7 +69,7 @@ class Int4:
 Config = Int8 | Int8WeightOnly | Int4
 
 
-def layer_of(config: Config) -> tuple[type[IntegerLinear], dict[str, Any]]:
+def layer_of(config: Config) -> tuple[Kind, dict[str, Any]]:
     """The module a config stands for, and the options of its ``from_float``."""
     if isinstance(config, Int8):
         return QuantizedLinear, {"input_group_size": config.input_group_size or 0}

@@ -21,10 +21,12 @@ from torchweld.quantization._reasons import (
 )
 from torchweld.report import Report, Row, record
 
+_INT8 = Int8()
+
 
 def quantize(
     model: nn.Module,
-    config: Config = Int8(),
+    config: Config = _INT8,
     *,
     exclude: Exclusion | Iterable[Exclusion] = (),
     keep_small: bool = True,
@@ -51,7 +53,7 @@ def quantize(
     - the layers of an ``nn.TransformerEncoderLayer`` whose attention is left alone: its forward
       reads their float weight;
     - weights that are not finite, not float32, bfloat16 or float16, not on the CPU, or that have
-      more than 133144 input features.
+      more than 16777216 input features.
 
     A module whose ``forward`` reads the weight of a layer instead of calling the layer needs that
     layer excluded: the copy has no float weight there.
@@ -91,7 +93,7 @@ def quantize(
 
 def prepare_qat(
     model: nn.Module,
-    config: Config = Int8(),
+    config: Config = _INT8,
     *,
     exclude: Exclusion | Iterable[Exclusion] = (),
     keep_small: bool = True,
