@@ -24,7 +24,8 @@ class MultiheadAttention(nn.Module):
         ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder`` see in ``in_proj_bias``, which
         is None, that their fast path, which reads float weights, is not for them. What that path
         does beside being fast goes with it: nested tensors as input, and zeros where a padding mask
-        masks the output.
+        masks the output. ``torch.jit.script`` compiles that path unseen and fails on it: trace a
+        model that holds those layers.
 
     Example:
         >>> import torch, torchweld as tw
