@@ -123,6 +123,33 @@ def test_to_float(kind, activation):
     assert reference.sqnr(module(x), back(x)) > 35
 
 
+OPS = {"weight only": "weight_only_linear", "int4": "quantized_linear_int4"}
+
+
+@each_kind
+def test_bad_input(kind):
+    _, module = make(kind)
+    op = OPS.get(kind, "quantized_linear")
+    for arguments, message in [
+        ([randn(3, 36)], r"input: expected \[..., 37\], got \[3, 36\]"),
+        ([torch.tensor(1.0)], r"input: expected \[..., 37\], got \[\]"),
+        ([randn(3, 37).double()], "input: expected float32, bfloat16 or float16, got float64"),
+        ([torch.ones(3, 37, dtype=torch.int64)], "input: expected float32, .*, got int64"),
+        ([randn(3, 37), randn(3, 20)], r"residual: expected .*, got .*\[3, 20\]"),
+        ([randn(3, 37), torch.ones(3, 21, dtype=torch.int32)], "residual: expected .*, got int32"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"torchweld::{op}: {message}"):
+            module(*arguments)
+
+
+@each_kind
+def test_tensors_of_another_layout_are_refused(kind):
+    _, module = make(kind)
+    module.packed_weight = module.packed_weight.flatten(2)
+    with pytest.raises(RuntimeError, match=r"packed_weight: expected contiguous u?int8"):
+        module(randn(3, 37))
+
+
 def test_from_integers():
     _, module = make("int8", activation="gelu")
     arguments = (module.qweight(), module.weight_scale, module.bias, "gelu")

@@ -54,6 +54,10 @@ def test_outputs_on_examples():
         tw.quantize(stock, example_inputs=torch.randn(3, 255))
     assert stock.training
     assert not any(module._forward_hooks for module in stock.modules())
+    with pytest.raises(
+        TypeError, match=r"quantize: example_inputs: expected a tensor .*, got dict"
+    ):
+        tw.quantize(stock, example_inputs={"input": x})
 
 
 def test_outputs_of_attention_and_of_what_never_runs():

@@ -24,7 +24,8 @@ class MultiheadAttention(nn.Module):
         ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder`` see in ``in_proj_bias``, which
         is None, that their fast path, which reads float weights, is not for them. What that path
         does beside being fast goes with it: nested tensors as input, and zeros where a padding mask
-        masks the output.
+        masks the output. ``torch.jit.script`` compiles that path unseen and fails on it: trace a
+        model that holds those layers.
 
     Example:
         >>> import torch, torchweld as tw
@@ -35,10 +36,6 @@ class MultiheadAttention(nn.Module):
         True
     """
 
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    out_proj: nn.Module
     bias_k: Optional[Tensor]  # noqa: UP045
     bias_v: Optional[Tensor]  # noqa: UP045
 
@@ -51,8 +48,8 @@ class MultiheadAttention(nn.Module):
         # What the stock transformer layers ask before they take their fast path.
         self._qkv_same_embed_dim = False
         self.in_proj_weight = self.in_proj_bias = None
-        for name in _PROJECTIONS:
-            self.add_module(name, projections[name])
+        self.q_proj, self.k_proj = projections["q_proj"], projections["k_proj"]
+        self.v_proj, self.out_proj = projections["v_proj"], projections["out_proj"]
         for name in ("bias_k", "bias_v"):
             bias = getattr(stock, name)
             self.register_parameter(name, None if bias is None else _copy_of(bias))

@@ -123,8 +123,7 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply the layer to ``[..., in_features]`` and add ``residual``."""
-        output: Tensor = _through(self, input, residual)
-        return output
+        return _through(self, input, residual)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Sizes and what is trained for, as ``print(module)`` shows them."""

@@ -74,7 +74,8 @@ def quantize(
         The converted copy, in the same train/eval mode.
 
     Raises:
-        TypeError: ``model``, ``config`` or an element of ``exclude`` has another type.
+        TypeError: ``model``, ``config``, ``example_inputs`` or an element of ``exclude`` has
+            another type.
         ValueError: a string in ``exclude`` matches no module of the model.
 
     Example:
@@ -87,6 +88,11 @@ def quantize(
         )
     """
     target = Target(_check("quantize", model, config))
+    if not (example_inputs is None or isinstance(example_inputs, (Tensor, list, tuple))):
+        raise TypeError(
+            "quantize: example_inputs: expected a tensor or a list or tuple of positional "
+            f"arguments, got {type(example_inputs).__name__}"
+        )
     exclusions = Exclusions("quantize", model, exclude)
     return _convert(model, target, exclusions, keep_small, example_inputs)
 
