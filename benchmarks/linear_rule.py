@@ -110,11 +110,10 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="CSV")
     parser.add_argument("--sweep", action="store_true", help="measure and write the file first")
     parser.add_argument("--rounds", type=int, default=5, help="a layer (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
     options = parser.parse_args()
     if options.sweep:
         malloc.enter("kept")
-        torch.set_num_threads(options.threads or torch.get_num_threads())
+        torch.set_num_threads(1)  # so little work is not worth a second one
         options.file.parent.mkdir(parents=True, exist_ok=True)
         with options.file.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 # Least signal to noise in dB of the models' outputs. Noise of the layers adds up over the depth.
 CONFIGS = {
-    "int8": (tw.Int8(), 28),
-    "int8 groups": (tw.Int8(input_group_size=32), 28),
-    "weight only": (tw.Int8WeightOnly(), 32),
+    "int8": (tw.Int8(), 30),
+    "int8 groups": (tw.Int8(input_group_size=32), 30),
+    "weight only": (tw.Int8WeightOnly(), 33),
     "int4 g32": (tw.Int4(group_size=32), 12),
     "int4 g128": (tw.Int4(group_size=128), 10),
 }
@@ -49,7 +49,7 @@ def bert():
 
 
 def vit():
-    config = transformers.ViTConfig(image_size=32, patch_size=8, **sizes())
+    config = transformers.ViTConfig(image_size=32, patch_size=8, num_labels=50, **sizes())
     model = transformers.ViTForImageClassification(config)
     return model, {"pixel_values": torch.randn(2, 3, 32, 32)}, "logits"
 
@@ -102,7 +102,7 @@ def test_outputs_are_close(model, config):
     assert len(report.converted) == {"BERT": 6, "GPT-2": 4, "ViT": 6}[model] * DEPTH + (
         model != "GPT-2"
     )
-    assert all(row.weight_sqnr > 15 for row in report.converted)
+    assert all(row.weight_sqnr > (19 if "int4" in config else 40) for row in report.converted)
 
 
 def test_the_48_projections_of_gpt2_are_converted_and_its_tied_head_left_alone():
@@ -151,7 +151,7 @@ def test_state_dict_is_smaller_and_loads(model, config):
     assert torch.equal(run(other, given, output), run(quantized, given, output))
     rows = tw.report(quantized).converted
     share = sum(row.bytes_after for row in rows) / sum(row.bytes_before for row in rows)
-    assert share < (0.20 if "int4" in config else 0.29)  # biases weigh more in small layers
+    assert share < (0.16 if "int4" in config else 0.28)  # of small layers, whose biases weigh
 
 
 @models
