@@ -31,6 +31,11 @@ class Target:
         return self.TRAINING if self.trains else "quantized_linear"
 
     @property
+    def function(self) -> str:
+        """Name of the function that was called, for errors."""
+        return "prepare_qat" if self.trains else "quantize"
+
+    @property
     def kind(self) -> Kind:
         """Class of the deployed layer."""
         return layer_of(self.config)[0]
@@ -60,9 +65,14 @@ class Adapter:
     note: Callable[[nn.Module], str] = lambda module: ""
 
 
-def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter that takes a module, or None."""
-    return next((adapter for adapter in _ADAPTERS if adapter.takes(module)), None)
+def is_taken(module: nn.Module) -> bool:
+    """Whether there is an adapter for a module."""
+    return any(adapter.takes(module) for adapter in _ADAPTERS)
+
+
+def adapter_of(module: nn.Module) -> Adapter:
+    """The adapter that takes a module."""
+    return next(adapter for adapter in _ADAPTERS if adapter.takes(module))
 
 
 def is_candidate(module: nn.Module) -> bool:

@@ -14,22 +14,26 @@ from torchweld.nn.qat_linear import QATLinear
 from torchweld.quantization._adapters import adapter_of, integers_of, is_imported
 
 
-def measure(module: nn.Module, replacement: nn.Module) -> dict[str, Any]:
-    """The fields of a report's row about a replaced module."""
+def describe(module: nn.Module, replacement: nn.Module) -> str:
+    """What a module became, in words."""
     adapter = adapter_of(module)
-    assert adapter is not None
+    layer = replacement.get_submodule(next(iter(adapter.linears(module))))
+    group = getattr(layer, "group_size", None) or getattr(layer, "input_group_size", None)
+    groups = f" in groups of {group}" if group else ""
+    return f"{type(layer).__name__}{groups}{adapter.note(module)}"
+
+
+def measure(module: nn.Module, replacement: nn.Module) -> dict[str, Any]:
+    """The fields of a report's row about a replaced module: its weights and bytes."""
     signal = noise = 0.0
-    layers = []
-    for name, linear in adapter.linears(module).items():
+    for name, linear in adapter_of(module).linears(module).items():
         layer = replacement.get_submodule(name)
         deployed = layer.deployed() if isinstance(layer, QATLinear) else layer
         assert isinstance(deployed, IntegerLinear)
         weight = linear.weight.detach().float()
         signal += float(weight.norm()) ** 2
         noise += float((weight - deployed.weight()).norm()) ** 2
-        layers.append(layer)
     return {
-        "detail": f"{type(layers[0]).__name__}{_options(layers[0])}{adapter.note(module)}",
         "weight_sqnr": _decibel(signal, noise),
         "bytes_before": _bytes(module),
         "bytes_after": sum(t.nbytes for t in replacement.state_dict().values()),
@@ -38,33 +42,31 @@ def measure(module: nn.Module, replacement: nn.Module) -> dict[str, Any]:
 
 def output_sqnr(
     model: nn.Module,
-    names: dict[int, list[str]],
-    replacements: dict[int, nn.Module],
+    replacements: dict[str, nn.Module],
     example_inputs: Tensor | Sequence[Any] | None,
-) -> dict[int, float]:
+) -> dict[str, float]:
     """Signal to noise in dB of each replaced module's output, on what the model's run gives it."""
     if example_inputs is None:
         return {}
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    sums: dict[int, list[float]] = {}
+    sums: dict[str, list[float]] = {}
     hooks = []
 
-    def listen(key: int, replacement: nn.Module) -> Any:
+    def listen(name: str, replacement: nn.Module) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             mode = replacement.training
             got = tree_leaves(replacement.eval()(*args, **kwargs))[0].double()
             replacement.train(mode)
             expected = tree_leaves(output)[0].double()
-            sums.setdefault(key, [0.0, 0.0])[0] += float(expected.norm()) ** 2
-            sums[key][1] += float((got - expected).norm()) ** 2
+            sums.setdefault(name, [0.0, 0.0])[0] += float(expected.norm()) ** 2
+            sums[name][1] += float((got - expected).norm()) ** 2
 
         return hook
 
     modes = [(module, module.training) for module in model.modules()]
     try:
-        for key, replacement in replacements.items():
-            module = model.get_submodule(names[key][0])
-            hook = listen(key, replacement)
+        for name, replacement in replacements.items():
+            module, hook = model.get_submodule(name), listen(name, replacement)
             hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         with torch.no_grad():
             model.eval()(*inputs)
@@ -73,7 +75,7 @@ def output_sqnr(
             hook.remove()
         for module, mode in modes:
             module.training = mode
-    return {key: _decibel(*pair) for key, pair in sums.items()}
+    return {name: _decibel(*pair) for name, pair in sums.items()}
 
 
 def _decibel(signal: float, noise: float) -> float:
@@ -88,8 +90,3 @@ def _bytes(module: nn.Module) -> int:
         tensors = [*integers_of(module), *([] if bias is None else [bias])]
         return sum(tensor.nbytes for tensor in tensors)
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _options(layer: nn.Module) -> str:
-    group = getattr(layer, "group_size", None) or getattr(layer, "input_group_size", None)
-    return f" in groups of {group}" if group else ""

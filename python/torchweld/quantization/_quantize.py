@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -132,7 +133,8 @@ def prepare_qat(
         True
     """
     target = Target(_check("prepare_qat", model, config), trains=True)
-    return _convert(model, target, Exclusions("prepare_qat", model, exclude), keep_small, None)
+    exclusions = Exclusions("prepare_qat", model, exclude)
+    return _convert(model, target, exclusions, keep_small, None)
 
 
 def _check(function: str, model: object, config: object) -> Config:
@@ -146,6 +148,23 @@ def _check(function: str, model: object, config: object) -> Config:
     return config
 
 
+@dataclass
+class _Site:
+    """A module that the report has a row for, and what became of it."""
+
+    module: nn.Module
+    names: list[str]
+    reason: str | None = None
+    replacement: nn.Module | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of what is converted with the module and has no site of its own."""
+        if not isinstance(self.module, nn.MultiheadAttention):
+            return []
+        return [f"{name}.out_proj".lstrip(".") for name in self.names]
+
+
 def _convert(
     model: nn.Module,
     target: Target,
@@ -153,70 +172,62 @@ def _convert(
     keep_small: bool,
     example_inputs: Tensor | Sequence[Any] | None,
 ) -> nn.Module:
-    names: dict[int, list[str]] = {}
-    sites: dict[int, nn.Module] = {}
-    inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_candidate(module) and id(module) not in inside:
-            names.setdefault(id(module), []).append(name)
-            sites[id(module)] = module
-
+    sites = _sites(model)
     users = users_of_parameters(model)
-    reasons: dict[int, str] = {}
-    replacements: dict[int, nn.Module] = {}
     # Attention first: whether the layers beside it may go depends on it.
-    for key, module in sorted(
-        sites.items(), key=lambda site: not isinstance(site[1], nn.MultiheadAttention)
-    ):
-        with_parts = [*names[key], *_names_of_parts(module, names[key])]
-        reason = (
-            unknown(module)
-            or exclusions.reason(with_parts, module)
-            or obstacle(module, names[key][0], target, keep_small, users)
+    for site in sorted(sites, key=lambda site: not isinstance(site.module, nn.MultiheadAttention)):
+        gone = {id(site.module) for site in sites if site.replacement is not None}
+        site.reason = (
+            unknown(site.module)
+            or exclusions.reason([*site.names, *site.parts], site.module)
+            or obstacle(site.module, site.names[0], target, keep_small, users)
+            or is_read(model, site.module, site.names, gone)
         )
-        if reason is None and is_read(model, module, names[key], replacements):
-            reason = "nn.TransformerEncoderLayer reads its weight, as its attention stays float"
-        if reason is None:
-            adapter = adapter_of(module)
-            assert adapter is not None
-            replacements[key] = adapter.convert(module, target)
-        else:
-            reasons[key] = reason
+        if site.reason is None:
+            site.replacement = adapter_of(site.module).convert(site.module, target)
 
-    # deepcopy takes what stands in its memo for already copied: one pass replaces a layer
-    # everywhere it is referred to, copies no weight in vain, and never touches the original.
-    memo: dict[int, Any] = dict(replacements)
-    converted: nn.Module = copy.deepcopy(model, memo)
-    for key, replacement in replacements.items():
-        for name in names[key]:
-            if converted.get_submodule(name) is not replacement:
-                raise RuntimeError(
-                    f"quantize: {name or 'model'}: its owner's __deepcopy__ did not take the "
-                    "converted layer; exclude it"
-                )
+    converted = _copy(target.function, model, sites)
     _turn_off_nested_tensors(converted)
-    outputs = _measure.output_sqnr(model, names, replacements, example_inputs)
-    rows = []
-    for key, module in sites.items():
-        also = f" (also {', '.join(names[key][1:])})" if len(names[key]) > 1 else ""
-        if key in reasons:
-            rows.append(Row(names[key][0], target.name, False, reasons[key] + also))
-        else:
-            measured = _measure.measure(module, replacements[key])
-            detail = measured.pop("detail") + also
-            row = Row(
-                names[key][0], target.name, True, detail, **measured, output_sqnr=outputs.get(key)
-            )
-            rows.append(row)
-    record(converted, Report(rows), replacing=None if target.trains else Target.TRAINING)
+    replacements = {site.names[0]: site.replacement for site in sites if site.replacement}
+    outputs = _measure.output_sqnr(model, replacements, example_inputs)
+    report = Report(_row(site, target, outputs.get(site.names[0])) for site in sites)
+    record(converted, report, replacing=None if target.trains else Target.TRAINING)
     return converted
 
 
-def _names_of_parts(module: nn.Module, names: list[str]) -> list[str]:
-    """Names of what is converted with a module and has no site of its own."""
-    if not isinstance(module, nn.MultiheadAttention):
-        return []
-    return [f"{name}.out_proj".lstrip(".") for name in names]
+def _sites(model: nn.Module) -> list[_Site]:
+    inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    sites: dict[int, _Site] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_candidate(module) and id(module) not in inside:
+            sites.setdefault(id(module), _Site(module, [])).names.append(name)
+    return list(sites.values())
+
+
+def _copy(function: str, model: nn.Module, sites: list[_Site]) -> nn.Module:
+    """Copy a model with its replacements."""
+    # deepcopy takes what stands in its memo for already copied: one pass replaces a layer
+    # everywhere it is referred to, copies no weight in vain, and never touches the original.
+    memo = {id(site.module): site.replacement for site in sites if site.replacement}
+    converted: nn.Module = copy.deepcopy(model, dict(memo))
+    for site in sites:
+        for name in site.names if site.replacement else ():
+            if converted.get_submodule(name) is not site.replacement:
+                raise RuntimeError(
+                    f"{function}: {name or 'model'}: its owner's __deepcopy__ did not take the "
+                    "converted layer; exclude it"
+                )
+    return converted
+
+
+def _row(site: _Site, target: Target, output_sqnr: float | None) -> Row:
+    name, *others = site.names
+    also = f" (also {', '.join(others)})" if others else ""
+    if site.replacement is None:
+        return Row(name, target.name, False, f"{site.reason}{also}")
+    measured = _measure.measure(site.module, site.replacement)
+    detail = f"{_measure.describe(site.module, site.replacement)}{also}"
+    return Row(name, target.name, True, detail, **measured, output_sqnr=output_sqnr)
 
 
 def _turn_off_nested_tensors(model: nn.Module) -> None:

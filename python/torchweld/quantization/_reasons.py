@@ -15,6 +15,7 @@ from torchweld.quantization._adapters import (
     Target,
     adapter_of,
     is_imported,
+    is_taken,
     why_not_imported,
 )
 from torchweld.quantization._configs import Int4
@@ -36,7 +37,7 @@ def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
 
 def unknown(module: nn.Module) -> str | None:
     """Why no module of this type is converted, or None."""
-    if adapter_of(module) is not None:
+    if is_taken(module):
         return None
     for kind in (nn.Linear, nn.MultiheadAttention):
         if isinstance(module, kind):
@@ -68,10 +69,8 @@ def obstacle(
             return reason
     if isinstance(module, QATLinear) and target.trains:
         return "trains for quantization already"
-    adapter = adapter_of(module)
-    assert adapter is not None
     made_already = is_imported(module) or isinstance(module, QATLinear)
-    for linear in adapter.linears(module).values():
+    for linear in adapter_of(module).linears(module).values():
         reason = _obstacle_of_tensors(linear)
         if reason is None and not made_already:
             reason = _obstacle_of_size(linear, target, keep_small)
@@ -106,18 +105,18 @@ def _obstacle_of_size(linear: nn.Linear, target: Target, keep_small: bool) -> st
 
 
 def is_read(
-    model: nn.Module, module: nn.Module, names: Iterable[str], converted: Collection[int]
-) -> bool:
-    """Whether a transformer layer will read a layer's float weight instead of calling it.
+    model: nn.Module, module: nn.Module, names: Iterable[str], gone: Collection[int]
+) -> str | None:
+    """Why a layer's float weight is read by its owner, which does not call the layer; or None.
 
-    The evaluation fast path of ``nn.TransformerEncoderLayer`` does. It is off where the attention
-    is ours, so a layer beside a converted one may go.
+    The evaluation fast path of ``nn.TransformerEncoderLayer`` does so. It is off where the
+    attention is ours, so a layer beside one that is gone may go.
     """
     for name in names:
         owner = model.get_submodule(name.rpartition(".")[0]) if name else None
         if isinstance(owner, nn.TransformerEncoderLayer):
-            attention = getattr(owner, "self_attn", None)
-            stays = isinstance(attention, nn.MultiheadAttention) and id(attention) not in converted
+            attention = owner.self_attn
+            stays = isinstance(attention, nn.MultiheadAttention) and id(attention) not in gone
             if stays and attention is not module:
-                return True
-    return False
+                return "nn.TransformerEncoderLayer reads its weight, as its attention stays float"
+    return None
