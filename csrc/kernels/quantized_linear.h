@@ -9,17 +9,17 @@
 
 #include <cstdint>
 
-#include "kernels/dtype.h"
+#include "kernels/linear_epilogue.h"
 
 namespace torchweld::kernels {
 
 inline constexpr int64_t kPanelColumns = 16;
 inline constexpr int64_t kQuad = 4;
 
-// Largest K for which sums of K products within 127 * 127 fit int32.
-inline constexpr int64_t kMaxInFeatures = INT32_MAX / (127 * 127);
-
-enum class LinearActivation { identity, relu, gelu, gelu_tanh, silu };
+// Largest K for which sums of K products within 127 * 127 fit int32, and for which sums of K
+// weights do.
+inline constexpr int64_t kMaxSummed = INT32_MAX / (127 * 127);
+inline constexpr int64_t kMaxInFeatures = 1 << 24;
 
 // Rows to quantize. A quantized row is opaque: only the kernels of the same instruction set read
 // it. Whole registers are written, so its stride is K rounded up to kQuantizedRowAlign at least.
@@ -30,7 +30,8 @@ struct QuantizeRows {
   int64_t in_features;
   int8_t* quantized;
   int64_t quantized_stride;
-  float* scale;  // [rows]
+  float* scale;        // [rows][groups]
+  int64_t group_size;  // 0: the row is one group; else a multiple of kQuad
 };
 inline constexpr int64_t kQuantizedRowAlign = 64;
 
@@ -38,42 +39,28 @@ inline constexpr int64_t kQuantizedRowAlign = 64;
 struct QuantizedLinearBlock {
   const int8_t* quantized;
   int64_t quantized_stride;
-  const float* input_scale;
   int64_t rows;
   const int8_t* panels;
   const int32_t* weight_sum;  // sum over k of each column, padded to whole panels
   int64_t quads;              // ceil(K / 4)
   int64_t columns;
-  const float* weight_scale;  // [columns]
-  const float* bias;          // [columns], or null
-  LinearActivation activation;
-  void* output;
-  int64_t output_stride;
-};
-
-// A run of panels to turn back into float rows.
-struct DequantizePanels {
-  const int8_t* panels;
-  int64_t quads;
-  int64_t columns;
-  int64_t in_features;
-  const float* weight_scale;  // [columns]
-  void* output;               // [columns, in_features], contiguous
+  int64_t group_quads;       // 0: a row has one scale, the epilogue's
+  const float* group_scale;  // [rows][groups] otherwise, and the epilogue has none
+  LinearEpilogue epilogue;
 };
 
 // All are safe to call at once on disjoint outputs, and no result depends on how rows and panels
 // are divided into calls.
 struct QuantizedLinearKernels {
-  // scale = max(absmax / 127, FLT_MIN) and q = round_half_even(x * (1 / scale)) in float. A row
+  // scale = max(absmax / 127, FLT_MIN) and q = round_half_even(x * (1 / scale)) in float. A group
   // that holds a NaN or an infinity gets the scale NaN and zeros.
   void (*quantize[kDTypeCount])(const QuantizeRows&);
-  // output = activation(fma(float(sum) * input_scale, weight_scale, bias)), rounded once; `sum` is
-  // the exact int32 sum. Output of the dtype indexed.
+  // The epilogue of float(sum), sum the exact integer; with groups that of
+  //   total = fma(float(sum_g), group_scale_g, total)   in the order of the groups, from 0.
+  // Output of the dtype indexed.
   void (*multiply[kDTypeCount])(const QuantizedLinearBlock&);
-  // The sums alone, int32; scales, bias and activation are not read.
+  // The sums alone, int32, of K up to kMaxSummed; of the epilogue only the output is read.
   void (*accumulate)(const QuantizedLinearBlock&);
-  // float(q) * weight_scale, rounded once.
-  void (*dequantize[kDTypeCount])(const DequantizePanels&);
 };
 
 }  // namespace torchweld::kernels

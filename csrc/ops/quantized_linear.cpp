@@ -7,10 +7,6 @@ namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool is_vector(const Tensor& tensor, int64_t size) {
-  return tensor.dim() == 1 && tensor.size(0) == size;
-}
-
 }  // namespace
 
 LinearShape check_quantized_linear(const char* op, const char* argument, const Tensor& matrix,
@@ -20,7 +16,7 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
   TORCHWELD_CHECK(dtype && *dtype != kernels::DType::float64, op, argument,
                   "float32, bfloat16 or float16", dtype_name(matrix.scalar_type()));
   TORCHWELD_CHECK(in_features >= 0 && in_features <= kernels::kMaxInFeatures, op, "in_features",
-                  "0 to " << kernels::kMaxInFeatures << ", so that int32 sums cannot overflow",
+                  "0 to " << kernels::kMaxInFeatures << ", so that sums of weights fit int32",
                   in_features);
   TORCHWELD_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.dim() == 1 &&
                       weight_scale.is_contiguous(),
@@ -50,37 +46,18 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
 }
 
 void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape) {
-  TORCHWELD_CHECK(weight_sum.scalar_type() == ScalarType::Int && weight_sum.is_contiguous() &&
-                      is_vector(weight_sum, shape.panels * kernels::kPanelColumns),
-                  op, "weight_sum",
-                  "contiguous int32 [" << shape.panels * kernels::kPanelColumns << "]",
-                  dtype_name(weight_sum.scalar_type()) << " " << shape_string(weight_sum));
+  TORCHWELD_CHECK(
+      weight_sum.scalar_type() == ScalarType::Int && weight_sum.is_contiguous() &&
+          weight_sum.dim() == 1 && weight_sum.size(0) == shape.panels * kernels::kPanelColumns,
+      op, "weight_sum", "contiguous int32 [" << shape.panels * kernels::kPanelColumns << "]",
+      dtype_name(weight_sum.scalar_type()) << " " << shape_string(weight_sum));
 }
 
-void check_linear_bias(const char* op, const std::optional<Tensor>& bias,
-                       const LinearShape& shape) {
-  if (!bias) return;
-  TORCHWELD_CHECK(to_dtype(bias->scalar_type()) && is_vector(*bias, shape.out_features), op, "bias",
-                  "floating point [" << shape.out_features << "]",
-                  dtype_name(bias->scalar_type()) << " " << shape_string(*bias));
-}
-
-kernels::LinearActivation parse_linear_activation(const char* op, const std::string& name) {
-  using kernels::LinearActivation;
-  if (name == "identity") return LinearActivation::identity;
-  if (name == "relu") return LinearActivation::relu;
-  if (name == "gelu") return LinearActivation::gelu;
-  if (name == "gelu_tanh") return LinearActivation::gelu_tanh;
-  TORCHWELD_CHECK(name == "silu", op, "activation", "identity, relu, gelu, gelu_tanh or silu",
-                  '"' << name << '"');
-  return LinearActivation::silu;
-}
-
-IntList with_last_size(const Tensor& tensor, int64_t size) {
-  IntList sizes;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  sizes.push_back(size);
-  return sizes;
+void check_group_size(const char* op, int64_t input_group_size) {
+  constexpr int64_t kMost = 1 << 16;
+  TORCHWELD_CHECK(
+      input_group_size >= 0 && input_group_size <= kMost && input_group_size % kernels::kQuad == 0,
+      op, "input_group_size", "0 or a multiple of 4 up to " << kMost, input_group_size);
 }
 
 }  // namespace torchweld::ops

@@ -1,10 +1,8 @@
 // What every back end of the quantized linear ops checks and derives before it touches memory.
 #pragma once
 
-#include <string>
-
 #include "kernels/quantized_linear.h"
-#include "ops/torch_compat.h"
+#include "ops/linear.h"
 
 namespace torchweld::ops {
 
@@ -15,6 +13,11 @@ struct LinearShape {
   int64_t out_features;
   int64_t panels;  // ceil(out_features / 16)
   int64_t quads;   // ceil(in_features / 4)
+
+  // Scales of an input row; even one of no elements has one.
+  int64_t groups(int64_t group_size) const {
+    return group_size && in_features ? (in_features + group_size - 1) / group_size : 1;
+  }
 };
 
 // Throws unless the packed weight and its scales fit each other, and `matrix`, the argument of that
@@ -25,12 +28,7 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
 
 void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape);
 
-void check_linear_bias(const char* op, const std::optional<Tensor>& bias, const LinearShape& shape);
-
-// Throws unless the name is one of identity, relu, gelu, gelu_tanh, silu.
-kernels::LinearActivation parse_linear_activation(const char* op, const std::string& name);
-
-// The sizes of `tensor` with the last one replaced.
-IntList with_last_size(const Tensor& tensor, int64_t size);
+// Throws unless it is 0 or a multiple of 4 whose sums fit int32.
+void check_group_size(const char* op, int64_t input_group_size);
 
 }  // namespace torchweld::ops

@@ -128,22 +128,49 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "int[] padding, int[] dilation, int groups, str algorithm, bool input_grad, "
       "bool weight_grad) -> (Tensor, Tensor)");
 
-  // activation(input @ (weight_scale * weight)^T + bias) with every row of input quantized on the
-  // fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the output has its
-  // dtype. K = in_features. packed_weight int8 [ceil(N/16), ceil(K/4), 16, 4] within [-127, 127],
-  // zero padded; weight_scale float32 [N]; weight_sum int32 [ceil(N/16) * 16], the sum over k of
-  // every column of packed_weight; bias floating point [N]. activation: identity, relu, gelu,
-  // gelu_tanh or silu. Same bits on every CPU instruction set, for any number of threads and of
-  // rows.
+  // activation(input @ (weight_scale * weight)^T + bias) + residual with every row of input
+  // quantized on the fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the
+  // output has its dtype. K = in_features. packed_weight int8 [ceil(N/16), ceil(K/4), 16, 4] within
+  // [-127, 127], zero padded; weight_scale float32 [N]; weight_sum int32 [ceil(N/16) * 16], the sum
+  // over k of every column of packed_weight; bias floating point [N]; residual floating point, the
+  // output's shape. activation: identity, relu, gelu, gelu_tanh or silu. Rows have one scale each
+  // if input_group_size is 0, else one for every so many k. Same bits on every CPU instruction set,
+  // for any number of threads and of rows.
   m.def(
       "quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, "
-      "Tensor weight_sum, Tensor? bias, int in_features, str activation=\"identity\") -> Tensor");
+      "Tensor weight_sum, Tensor? bias, Tensor? residual, int in_features, "
+      "str activation=\"identity\", int input_group_size=0) -> Tensor");
   // The integers inside: int32 sums [..., N] and the float32 scale [...] of every row of input.
   m.def(
       "quantized_linear_accumulators(Tensor input, Tensor packed_weight, Tensor weight_scale, "
       "Tensor weight_sum, int in_features) -> (Tensor, Tensor)");
-  // grad @ (weight_scale * weight), the weight rounded to grad's dtype: [..., N] -> [..., K].
+  // grad @ (weight_scale * weight) in float32, rounded once to grad's dtype: [..., N] -> [..., K].
+  // The weight is turned into floats by tiles. Also the gradient of weight_only_linear.
   m.def(
       "quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale, "
       "int in_features) -> Tensor");
+  // activation(input @ (weight_scale * weight)^T + bias) + residual with activations left floating
+  // point; the arguments are those of quantized_linear. Same bits on every CPU instruction set, for
+  // any number of threads and of rows.
+  m.def(
+      "weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, "
+      "Tensor? residual, int in_features, str activation=\"identity\") -> Tensor");
+
+  // The same with a weight of 4 bits, (u - zero) * scale in groups of K, and activations quantized
+  // per row to int8. packed_weight uint8 [ceil(N/16), groups * group_size / 8, 16, 4]: byte i of
+  // octet j holds k = 8 j + i in the low bits and 8 j + 4 + i in the high ones; weight_scale
+  // bfloat16 and weight_zero uint8, within 15, [ceil(N/16), groups, 16]. groups = ceil(K /
+  // group_size). Scales that pad N are 0. K = in_features, N = out_features. Bits as above.
+  m.def(
+      "quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor weight_zero, Tensor? bias, Tensor? residual, int in_features, int out_features, "
+      "str activation=\"identity\") -> Tensor");
+  // The integers inside: int32 sums [..., groups, N] and the float32 scale [...] of every row.
+  m.def(
+      "quantized_linear_int4_accumulators(Tensor input, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor weight_zero, int in_features, int out_features) -> (Tensor, Tensor)");
+  // grad @ weight in float32, rounded once to grad's dtype: [..., N] -> [..., K].
+  m.def(
+      "quantized_linear_int4_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor weight_zero, int in_features, int out_features) -> Tensor");
 }

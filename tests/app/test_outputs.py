@@ -17,6 +17,11 @@ def models():
     torch.manual_seed(0)
     linear = tw.nn.QuantizedLinear.from_float(nn.Linear(70, 33), activation="gelu")
     yield "quantized", nn.Sequential(linear, nn.Linear(33, 4)).eval(), (70,)
+    model = nn.Sequential(nn.Linear(70, 33), nn.ReLU(), nn.Linear(33, 4)).eval()
+    yield "weight only", tw.quantize(model, tw.Int8WeightOnly(), keep_small=False), (70,)
+    yield "int4", tw.quantize(model, tw.Int4(group_size=32), keep_small=False), (70,)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    yield "attention", tw.quantize(layer, keep_small=False), (5, 16)
     trained = tw.nn.ConvBNReLU2d(3, 20, 3, activation="silu")
     trained(torch.randn(8, 3, 6, 6))  # running statistics other than 0 and 1
     yield "frozen statistics", nn.Sequential(trained, nn.Flatten()).eval(), (3, 6, 6)
@@ -25,7 +30,7 @@ def models():
     yield "welded", tw.weld(small_cnn(), inference=True).eval(), (1, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["stock", "quantized", "frozen statistics", "folded", "welded"])
+@pytest.mark.parametrize("name", [name for name, *_ in models()])
 @pytest.mark.parametrize("batch", [1, 50])
 def test_same_bits_as_python(weld, tmp_path, name, batch):
     ((model, shape),) = [(model, shape) for n, model, shape in models() if n == name]
@@ -205,7 +210,7 @@ def test_operator_library_errors(weld, identity, extra_ops, tmp_path):
         # A newer torchweld may add arguments that have defaults.
         (
             "torchweld::quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, "
-            "Tensor weight_sum, Tensor? bias, int in_features) -> Tensor",
+            "Tensor weight_sum, Tensor? bias, Tensor? residual, int in_features) -> Tensor",
             None,
         ),
         (

@@ -30,9 +30,11 @@ struct Layer {
     sum = array<int32_t>(columns);
     scale = array<float>(n);
     bias = array<float>(n);
+    residual = array<float>(m * n);
     std::mt19937 random(1);
     std::uniform_real_distribution<float> uniform(-2, 2);
     for (int64_t i = 0; i < m * k; ++i) x[i] = uniform(random);
+    for (int64_t i = 0; i < m * n; ++i) residual[i] = uniform(random);
     for (int64_t j = 0; j < n; ++j) {
       scale[j] = std::abs(uniform(random)) * 0.01f;
       bias[j] = uniform(random);
@@ -45,14 +47,14 @@ struct Layer {
     }
   }
   int64_t m, n, k, quads;
-  std::unique_ptr<float[]> x, scale, bias;
+  std::unique_ptr<float[]> x, scale, bias, residual;
   std::unique_ptr<int8_t[]> weight, packed;
   std::unique_ptr<int32_t[]> sum;
 };
 
 struct Result {
   std::unique_ptr<int32_t[]> sums;
-  std::unique_ptr<float[]> scale, output, weight;
+  std::unique_ptr<float[]> scale, output;
 };
 
 Result run(Capability capability, const Layer& layer, LinearActivation activation) {
@@ -60,36 +62,36 @@ Result run(Capability capability, const Layer& layer, LinearActivation activatio
   const int64_t m = layer.m, n = layer.n, k = layer.k;
   const int64_t stride = round_up(k, kQuantizedRowAlign);
   const auto quantized = array<int8_t>(m * stride);
-  Result result{array<int32_t>(m * n), array<float>(m), array<float>(m * n), array<float>(n * k)};
+  Result result{array<int32_t>(m * n), array<float>(m), array<float>(m * n)};
   kernels.quantize[0]({.input = layer.x.get(),
                        .input_stride = k,
                        .rows = m,
                        .in_features = k,
                        .quantized = quantized.get(),
                        .quantized_stride = stride,
-                       .scale = result.scale.get()});
+                       .scale = result.scale.get(),
+                       .group_size = 0});
   QuantizedLinearBlock block{.quantized = quantized.get(),
                              .quantized_stride = stride,
-                             .input_scale = result.scale.get(),
                              .rows = m,
                              .panels = layer.packed.get(),
                              .weight_sum = layer.sum.get(),
                              .quads = layer.quads,
                              .columns = n,
-                             .weight_scale = layer.scale.get(),
-                             .bias = layer.bias.get(),
-                             .activation = activation,
-                             .output = result.output.get(),
-                             .output_stride = n};
+                             .group_quads = 0,
+                             .group_scale = nullptr,
+                             .epilogue = {.input_scale = result.scale.get(),
+                                          .weight_scale = layer.scale.get(),
+                                          .bias = layer.bias.get(),
+                                          .activation = activation,
+                                          .residual = layer.residual.get(),
+                                          .residual_stride = n,
+                                          .residual_is_float = false,
+                                          .output = result.output.get(),
+                                          .output_stride = n}};
   kernels.multiply[0](block);
-  block.output = result.sums.get();
+  block.epilogue.output = result.sums.get();
   kernels.accumulate(block);
-  kernels.dequantize[0]({.panels = layer.packed.get(),
-                         .quads = layer.quads,
-                         .columns = n,
-                         .in_features = k,
-                         .weight_scale = layer.scale.get(),
-                         .output = result.weight.get()});
   return result;
 }
 
@@ -114,7 +116,6 @@ void check(int64_t m, int64_t n, int64_t k, LinearActivation activation) {
     same(result.scale, expected.scale, m);
     same(result.sums, expected.sums, m * n);
     same(result.output, expected.output, m * n);
-    same(result.weight, expected.weight, n * k);
   }
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t column = 0; column < n; ++column) {

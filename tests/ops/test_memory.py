@@ -44,7 +44,7 @@ def make_calls():
         "conv_relu": lambda: tw.ops.conv_relu(x, w),
         "batch_norm_relu": lambda: tw.ops.batch_norm_relu(residual, statistics, statistics),
         "quantized_linear": lambda: tw.ops.quantized_linear(
-            torch.ones(3, 7), *weight, torch.ones(5), 7, "relu"
+            torch.ones(3, 7), *weight, torch.ones(5), torch.ones(3, 5), 7, "relu"
         ),
         "adamw_step_": lambda: tw.ops.adamw_step_(p, p, m, m, [], [torch.zeros(())], **step),
         "refused": refused,

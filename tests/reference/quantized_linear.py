@@ -37,10 +37,16 @@ def quantized_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     activation: str = "identity",
+    group_size: int = 0,
 ) -> Tensor:
     """The layer in float64: no rounding after the scales."""
-    sums, scale = accumulators(x, qweight)
-    y = sums.double() * scale.double()[..., None] * weight_scale.double()
+    k = max(x.shape[-1], 1)
+    y = torch.zeros(*x.shape[:-1], qweight.shape[0], dtype=torch.float64)
+    for first in range(0, k, group_size or k):
+        group = slice(first, first + (group_size or k))
+        sums, scale = accumulators(x[..., group], qweight[:, group])
+        y += sums.double() * scale.double()[..., None]
+    y = y * weight_scale.double()
     if bias is not None:
         y = y + bias.double()
     return ACTIVATIONS[activation](y)

@@ -8,14 +8,20 @@
   extern const AdamWKernels adamw;                      \
   extern const ConvBNReLUKernels conv_bn_relu;          \
   extern const DepthwiseKernels depthwise;              \
+  extern const DequantizeKernels dequantize;            \
   extern const GemmKernels gemm_kernels;                \
+  extern const LinearInt4Kernels linear_int4;           \
+  extern const WeightOnlyKernels linear_weight_only;    \
   extern const QuantizedLinearKernels quantized_linear; \
   extern const WinogradKernels winograd;                \
   inline constexpr KernelTable table{                   \
       .adamw = &adamw,                                  \
       .conv_bn_relu = &conv_bn_relu,                    \
       .depthwise = &depthwise,                          \
+      .dequantize = &dequantize,                        \
       .gemm = &gemm_kernels,                            \
+      .linear_int4 = &linear_int4,                      \
+      .linear_weight_only = &linear_weight_only,        \
       .quantized_linear = &quantized_linear,            \
       .winograd = &winograd,                            \
   };                                                    \

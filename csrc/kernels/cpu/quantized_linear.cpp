@@ -1,308 +1,170 @@
-// The int8 linear layer. A tile of kRows x kPanels panels is summed in registers over the whole K,
-// lands in a buffer of a few hundred int32 that never leaves the first cache, and is finished
-// there: no int32 matrix in memory. Sums are exact integers, so neither tile nor unrolling shows in
-// the result.
+// The int8 linear layer. A tile of rows and panels is summed in registers over the whole K, lands
+// in a buffer of a few hundred sums that never leaves the first cache, and is finished there: no
+// int32 matrix in memory. Sums are exact integers, so neither tile nor unrolling shows in the
+// result.
 #include "kernels/quantized_linear.h"
 
-#include "kernels/cpu/vec_math.h"
+#include "kernels/cpu/int8_tile.h"
+#include "kernels/cpu/linear_epilogue.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 namespace {
 
-#define UNROLL _Pragma("GCC unroll 16")
+constexpr int64_t kTileColumns = 4 * kPanelColumns;
+constexpr int64_t kTileSums = kRows * kTileColumns;
+// What kFlip adds to every activation.
+constexpr int32_t kOffset = kFlip ? 128 : 0;
 
-// --- tiles ---------------------------------------------------------------------------------------
-// Each instruction set defines: the largest tile; how a quantized byte is stored (xor kFlip); and
-// tile<R, P>, which writes the sums of R rows times P panels to c, [R][P * 16].
+// --- sums of a tile, [rows][panels * 16] ---------------------------------------------------------
 
-[[maybe_unused]] inline int32_t load_quad(const int8_t* p) {
-  int32_t quad;
-  memcpy(&quad, p, sizeof quad);
-  return quad;
-}
-
-struct TileArgs {
-  const int8_t* a;
-  int64_t a_stride;
-  const int8_t* b;
-  int64_t panel_stride;
-  int64_t quads;
-  const int32_t* weight_sum;
-  int32_t* c;
+struct TileRange {
+  int64_t row, rows, panels;
 };
 
-#if defined(__AVX512VNNI__)
+// All of K, exactly.
+void sum_whole(const QuantizedLinearBlock&, const TileRange& range, TileArgs args, int32_t* sums) {
+  args.c = sums;
+  any_tile(range.rows, range.panels, args);
+}
 
-constexpr int kRows = 8;
-constexpr int kPanels = 3;
-// vpdpbusd wants one side unsigned: activations are stored plus 128, and 128 times the column's sum
-// is taken off again. Nothing saturates, and what wraps wraps back.
-constexpr int8_t kFlip = -128;
+// A longer K, in blocks whose sums fit int32 even with kFlip; joined exactly, then rounded.
+void sum_blocks(const QuantizedLinearBlock&, const TileRange& range, TileArgs args, float* sums) {
+  constexpr int64_t kBlockQuads = (1 << 16) / kQuad;
+  const int64_t width = range.panels * kPanelColumns, quads = args.quads;
+  const int32_t* weight_sum = args.weight_sum;
+  const int32_t zeros[kPanelColumns] = {};
+  alignas(64) int32_t part[kTileSums];
+  int64_t total[kTileSums] = {};
+  args.c = part;
+  args.weight_sum = zeros;
+  const int64_t weight_sum_stride = args.weight_sum_stride;
+  args.weight_sum_stride = 0;
+  for (int64_t k = 0; k < quads; k += kBlockQuads) {
+    args.quads = quads - k < kBlockQuads ? quads - k : kBlockQuads;
+    any_tile(range.rows, range.panels, args);
+    for (int64_t i = 0; i < range.rows * width; ++i) total[i] += part[i];
+    args.a += kBlockQuads * kQuad;
+    args.b += kBlockQuads * kQuad * kPanelColumns;
+  }
+  for (int64_t i = 0; i < range.rows * width; ++i) {
+    const int64_t n = i % width;
+    const int64_t of_weight = weight_sum[n / kPanelColumns * weight_sum_stride + n % kPanelColumns];
+    sums[i] = (float)(total[i] - kOffset * of_weight);
+  }
+}
 
-template <int R, int P>
-__attribute__((noinline)) void tile(const TileArgs& t) {
-  // Few rows leave the multiplier waiting on its own result; more sums in flight hide that.
-  constexpr int U = R == 1 ? 4 : R == 2 ? 2 : 1;
-  __m512i acc[U][R][P];
-  UNROLL for (int u = 0; u < U; ++u) {
-    UNROLL for (int r = 0; r < R; ++r) {
-      UNROLL for (int p = 0; p < P; ++p) {
-        acc[u][r][p] = _mm512_setzero_si512();
-        // Hides from GCC 12 that this is zero: it would spill the sums (35 % of peak, not 95 %).
-        __asm__("" : "+v"(acc[u][r][p]));
+// Groups of K, each times its own scale, in their order.
+void sum_groups(const QuantizedLinearBlock& block, const TileRange& range, TileArgs args,
+                float* sums) {
+  const int64_t width = range.panels * kPanelColumns, quads = args.quads;
+  const int64_t groups = (quads + block.group_quads - 1) / block.group_quads;
+  alignas(64) int32_t part[kTileSums], weight_sum[kTileColumns];
+  args.c = part;
+  args.weight_sum = weight_sum;
+  args.weight_sum_stride = kPanelColumns;
+  memset(sums, 0, (size_t)(range.rows * width) * sizeof(float));
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t rest = quads - g * block.group_quads;
+    args.quads = rest < block.group_quads ? rest : block.group_quads;
+    for (int64_t p = 0; p < range.panels; ++p) {
+      sum_weights(args.b + p * args.panel_stride, args.quads, weight_sum + p * kPanelColumns);
+    }
+    any_tile(range.rows, range.panels, args);
+    for (int64_t r = 0; r < range.rows; ++r) {
+      const VecF scale = broadcast<VecF>(block.group_scale[(range.row + r) * groups + g]);
+      for (int64_t i = r * width; i < (r + 1) * width; i += kLanesF) {
+        store(sums + i, fma(load_sums(part + i), scale, load(sums + i)));
+      }
+    }
+    args.a += block.group_quads * kQuad;
+    args.b += block.group_quads * kQuad * kPanelColumns;
+  }
+}
+
+// --- tiles of a block ----------------------------------------------------------------------------
+
+constexpr int64_t kAhead = 2048;  // bytes
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Has the sums of every tile made, and used once they are there.
+template <class Sum>
+struct Tiles {
+  const QuantizedLinearBlock& block;
+  void (*make)(const QuantizedLinearBlock&, const TileRange&, TileArgs, Sum*);
+  void (*use)(const LinearEpilogue&, const LinearTile<Sum>&);
+
+  void run() const {
+    if (block.rows == 0) return;
+    const int64_t panels = ceil_div(block.columns, kPanelColumns);
+    // Tiles of about one height: a last one of few rows would cost as much as a high one.
+    const int64_t height = ceil_div(block.rows, ceil_div(block.rows, kRows));
+    const int64_t width = panels_of(height);
+    // If the weight is read only once, it comes from memory: fastest in a few long streams. Else
+    // panels outside, rows inside: some panels stay in the second cache while all rows pass.
+    const int64_t stream = height == block.rows ? panels / width : 0;
+    for (int64_t p = 0; p < stream; ++p) rows_of(height, p, width, stream);
+    for (int64_t p = stream * width; p < panels; p += width) {
+      rows_of(height, p, panels - p < width ? panels - p : width, 1);
+    }
+  }
+
+  // All rows of these panels: `first` and `count` - 1 more at a distance.
+  void rows_of(int64_t height, int64_t first, int64_t count, int64_t distance) const {
+    alignas(64) Sum sums[kTileSums];
+    const int64_t panel_bytes = block.quads * kPanelColumns * kQuad;
+    const int8_t* panels = block.panels + first * panel_bytes;
+    // One pass looks some lines ahead, several share the panels that come next.
+    const int64_t passes = ceil_div(block.rows, height);
+    const int64_t step = ceil_div(kPanelColumns * kQuad, passes);
+    const int8_t* next = passes == 1 ? panels + kAhead : panels + count * panel_bytes;
+    for (int64_t row = 0; row < block.rows; row += height) {
+      const int64_t rows = block.rows - row < height ? block.rows - row : height;
+      make(block, {row, rows, count},
+           {.a = block.quantized + row * block.quantized_stride,
+            .a_stride = block.quantized_stride,
+            .b = panels,
+            .panel_stride = distance * panel_bytes,
+            .quads = block.quads,
+            .weight_sum = block.weight_sum + first * kPanelColumns,
+            .weight_sum_stride = distance * kPanelColumns,
+            .next = next + row / height * step * block.quads,
+            .next_step = step,
+            .c = nullptr},
+           sums);
+      const int64_t adjacent = distance == 1 ? count : 1;
+      for (int64_t p = 0; p < count; p += adjacent) {
+        const int64_t column = (first + p * distance) * kPanelColumns;
+        const int64_t rest = block.columns - column, columns = adjacent * kPanelColumns;
+        use(block.epilogue, {.sum = sums + p * kPanelColumns,
+                             .stride = count * kPanelColumns,
+                             .row = row,
+                             .rows = rows,
+                             .column = column,
+                             .columns = rest < columns ? rest : columns});
       }
     }
   }
-  const auto step = [&](int64_t k, __m512i(&sum)[R][P]) __attribute__((always_inline)) {
-    __m512i b[P];
-    UNROLL for (int p = 0; p < P; ++p) b[p] = _mm512_loadu_si512(t.b + p * t.panel_stride + k * 64);
-    UNROLL for (int r = 0; r < R; ++r) {
-      const __m512i a = _mm512_set1_epi32(load_quad(t.a + r * t.a_stride + k * kQuad));
-      UNROLL for (int p = 0; p < P; ++p) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], a, b[p]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + U <= t.quads; k += U) {
-    UNROLL for (int u = 0; u < U; ++u) step(k + u, acc[u]);
-  }
-  for (; k < t.quads; ++k) step(k, acc[0]);
-  UNROLL for (int p = 0; p < P; ++p) {
-    VecU32 sums;  // unsigned: 128 times a sum may wrap
-    memcpy(&sums, t.weight_sum + p * kPanelColumns, sizeof sums);
-    const __m512i offset = (__m512i)(sums * 128);
-    UNROLL for (int r = 0; r < R; ++r) {
-      __m512i sum = acc[0][r][p];
-      UNROLL for (int u = 1; u < U; ++u) sum = _mm512_add_epi32(sum, acc[u][r][p]);
-      _mm512_storeu_si512(t.c + (r * P + p) * kPanelColumns, _mm512_sub_epi32(sum, offset));
-    }
-  }
-}
-
-#elif defined(__AVX2__)
-
-// Without VNNI: |a| * (b with the sign of a), summed in pairs to int16. Both sides lie within 127,
-// and 2 * 127 * 127 = 32258 fits: exact, where unsigned times signed bytes would saturate.
-constexpr int8_t kFlip = 0;
-
-#if defined(__AVX512BW__)
-
-constexpr int kRows = 8;
-constexpr int kPanels = 2;
-constexpr int kHalves = 1;
-typedef __m512i Bytes;
-inline Bytes zero() { return _mm512_setzero_si512(); }
-inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-inline void store_sums(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
-
-struct Left {
-  explicit Left(int32_t quad) {
-    const __m512i a = _mm512_set1_epi32(quad);
-    magnitude = _mm512_abs_epi8(a);
-    negative = _mm512_movepi8_mask(a);
-  }
-  Bytes dot(Bytes sum, Bytes b) const {
-    b = _mm512_mask_sub_epi8(b, negative, _mm512_setzero_si512(), b);
-    const __m512i pairs = _mm512_maddubs_epi16(magnitude, b);
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-  }
-  __m512i magnitude;
-  __mmask64 negative;
 };
-
-#else
-
-constexpr int kRows = 4;
-constexpr int kPanels = 1;
-constexpr int kHalves = 2;
-typedef __m256i Bytes;
-inline Bytes zero() { return _mm256_setzero_si256(); }
-inline Bytes load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
-inline void store_sums(void* p, Bytes v) { _mm256_storeu_si256((__m256i*)p, v); }
-
-struct Left {
-  explicit Left(int32_t quad) : a(_mm256_set1_epi32(quad)), magnitude(_mm256_abs_epi8(a)) {}
-  Bytes dot(Bytes sum, Bytes b) const {
-    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(b, a));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
-  __m256i a, magnitude;
-};
-
-#endif
-
-template <int R, int P>
-__attribute__((noinline)) void tile(const TileArgs& t) {
-  constexpr int kVectors = P * kHalves;
-  Bytes acc[R][kVectors];
-  UNROLL for (int r = 0; r < R; ++r) {
-    UNROLL for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = zero();
-      __asm__("" : "+v"(acc[r][v]));
-    }
-  }
-  for (int64_t k = 0; k < t.quads; ++k) {
-    Bytes b[kVectors];
-    UNROLL for (int v = 0; v < kVectors; ++v) {
-      b[v] = load_bytes(t.b + v / kHalves * t.panel_stride + k * 64 + v % kHalves * sizeof(Bytes));
-    }
-    UNROLL for (int r = 0; r < R; ++r) {
-      const Left left(load_quad(t.a + r * t.a_stride + k * kQuad));
-      UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = left.dot(acc[r][v], b[v]);
-    }
-  }
-  UNROLL for (int r = 0; r < R; ++r) {
-    UNROLL for (int v = 0; v < kVectors; ++v) {
-      store_sums((char*)(t.c + r * P * kPanelColumns) + v * sizeof(Bytes), acc[r][v]);
-    }
-  }
-}
-
-#else
-
-constexpr int kRows = 2;
-constexpr int kPanels = 1;
-constexpr int8_t kFlip = 0;
-
-template <int R, int P>
-void tile(const TileArgs& t) {
-  for (int r = 0; r < R; ++r) {
-    int32_t sum[kPanelColumns] = {};
-    const int8_t* a = t.a + r * t.a_stride;
-    for (int64_t k = 0; k < t.quads; ++k, a += kQuad) {
-      const int8_t* b = t.b + k * kPanelColumns * kQuad;
-      for (int n = 0; n < kPanelColumns; ++n, b += kQuad) {
-        sum[n] += a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
-      }
-    }
-    memcpy(t.c + r * kPanelColumns, sum, sizeof sum);
-  }
-}
-
-#endif
-
-// The tile compiled for exactly this many rows and panels.
-template <int R, int P>
-inline void any_tile(int64_t rows, int64_t panels, const TileArgs& args) {
-  if constexpr (P > 1) {
-    if (panels < P) return any_tile<R, P - 1>(rows, panels, args);
-  }
-  if constexpr (R > 1) {
-    if (rows < R) return any_tile<R - 1, P>(rows, panels, args);
-  }
-  tile<R, P>(args);
-}
-
-// --- what becomes of a tile ----------------------------------------------------------------------
-
-constexpr int kTileColumns = kPanels * kPanelColumns;
-
-struct Tile {
-  const int32_t* sum;  // [rows][stride]
-  int64_t stride;
-  int64_t row, rows;  // in the block
-  int64_t columns;
-  const float* weight_scale;  // [kTileColumns], zero padded, as is bias
-  const float* bias;
-};
-
-template <LinearActivation A>
-inline VecF activate(VecF x) {
-  if constexpr (A == LinearActivation::relu) return relu(x);
-  if constexpr (A == LinearActivation::gelu) return gelu(x);
-  if constexpr (A == LinearActivation::gelu_tanh) return gelu_tanh(x);
-  if constexpr (A == LinearActivation::silu) return silu(x);
-  return x;
-}
-
-template <class T, LinearActivation A>
-void finish(const QuantizedLinearBlock& block, const Tile& tile, T* output) {
-  for (int64_t r = 0; r < tile.rows; ++r, output += block.output_stride) {
-    const VecF input_scale = broadcast<VecF>(block.input_scale[tile.row + r]);
-    for (int64_t n = 0; n < tile.columns; n += kLanesF) {
-      VecI32 sum;
-      memcpy(&sum, tile.sum + r * tile.stride + n, sizeof sum);
-      const VecF x = __builtin_convertvector(sum, VecF) * input_scale;
-      const VecF y = activate<A>(fma(x, load(tile.weight_scale + n), load(tile.bias + n)));
-      if (tile.columns - n >= kLanesF) {
-        store(output + n, y);
-      } else {
-        store_partial(output + n, y, tile.columns - n);
-      }
-    }
-  }
-}
-
-template <class T>
-struct ToOutput {
-  using Output = T;
-  static void run(const QuantizedLinearBlock& block, const Tile& tile, T* output) {
-    switch (block.activation) {
-      case LinearActivation::identity:
-        return finish<T, LinearActivation::identity>(block, tile, output);
-      case LinearActivation::relu:
-        return finish<T, LinearActivation::relu>(block, tile, output);
-      case LinearActivation::gelu:
-        return finish<T, LinearActivation::gelu>(block, tile, output);
-      case LinearActivation::gelu_tanh:
-        return finish<T, LinearActivation::gelu_tanh>(block, tile, output);
-      case LinearActivation::silu:
-        return finish<T, LinearActivation::silu>(block, tile, output);
-    }
-  }
-};
-
-struct ToSums {
-  using Output = int32_t;
-  static void run(const QuantizedLinearBlock& block, const Tile& tile, int32_t* output) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      memcpy(output + r * block.output_stride, tile.sum + r * tile.stride,
-             (size_t)tile.columns * sizeof(int32_t));
-    }
-  }
-};
-
-// Panels outside, rows inside: a group of panels stays in the second cache while all rows pass.
-template <class Finish>
-void for_each_tile(const QuantizedLinearBlock& block) {
-  using Output = typename Finish::Output;
-  const int64_t panel_stride = block.quads * kPanelColumns * kQuad;
-  alignas(64) int32_t sum[kRows * kTileColumns];
-  for (int64_t n = 0; n < block.columns; n += kTileColumns) {
-    const int64_t rest = block.columns - n;
-    const int64_t columns = rest < kTileColumns ? rest : kTileColumns;
-    const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
-    float weight_scale[kTileColumns] = {}, bias[kTileColumns] = {};
-    if (block.weight_scale) memcpy(weight_scale, block.weight_scale + n, (size_t)columns * 4);
-    if (block.bias) memcpy(bias, block.bias + n, (size_t)columns * 4);
-    for (int64_t row = 0; row < block.rows; row += kRows) {
-      const int64_t rows = block.rows - row < kRows ? block.rows - row : kRows;
-      any_tile<kRows, kPanels>(rows, panels,
-                               {.a = block.quantized + row * block.quantized_stride,
-                                .a_stride = block.quantized_stride,
-                                .b = block.panels + n / kPanelColumns * panel_stride,
-                                .panel_stride = panel_stride,
-                                .quads = block.quads,
-                                .weight_sum = block.weight_sum + n,
-                                .c = sum});
-      Finish::run(block,
-                  {.sum = sum,
-                   .stride = panels * kPanelColumns,
-                   .row = row,
-                   .rows = rows,
-                   .columns = columns,
-                   .weight_scale = weight_scale,
-                   .bias = bias},
-                  static_cast<Output*>(block.output) + row * block.output_stride + n);
-    }
-  }
-}
 
 template <class T>
 void multiply(const QuantizedLinearBlock& block) {
-  for_each_tile<ToOutput<T>>(block);
+  if (block.group_quads) return Tiles<float>{block, sum_groups, finish<T, float>}.run();
+  if (block.quads * kQuad > kMaxSummed)
+    return Tiles<float>{block, sum_blocks, finish<T, float>}.run();
+  Tiles<int32_t>{block, sum_whole, finish<T, int32_t>}.run();
 }
 
-void accumulate(const QuantizedLinearBlock& block) { for_each_tile<ToSums>(block); }
+void store_sums(const LinearEpilogue& to, const LinearTile<int32_t>& tile) {
+  int32_t* output = static_cast<int32_t*>(to.output) + tile.row * to.output_stride + tile.column;
+  for (int64_t r = 0; r < tile.rows; ++r, output += to.output_stride) {
+    memcpy(output, tile.sum + r * tile.stride, (size_t)tile.columns * sizeof(int32_t));
+  }
+}
+
+void accumulate(const QuantizedLinearBlock& block) {
+  Tiles<int32_t>{block, sum_whole, store_sums}.run();
+}
 
 // --- quantization --------------------------------------------------------------------------------
 
@@ -336,7 +198,7 @@ inline void store_quantized(int8_t* p, VecF x, VecF inverse) {
 }
 
 template <class T>
-float quantize_row(const T* x, int64_t size, int8_t* quantized) {
+float quantize_group(const T* x, int64_t size, int8_t* quantized) {
   constexpr int32_t kInfinityBits = 0x7f800000;
   constexpr float kTiny = 0x1p-126f;
   const int32_t bits = largest_bits(x, size);
@@ -357,40 +219,17 @@ float quantize_row(const T* x, int64_t size, int8_t* quantized) {
 
 template <class T>
 void quantize(const QuantizeRows& rows) {
-  const T* x = static_cast<const T*>(rows.input);
+  const int64_t size = rows.group_size ? rows.group_size : rows.in_features;
+  float* scale = rows.scale;
   for (int64_t r = 0; r < rows.rows; ++r) {
-    rows.scale[r] = quantize_row(x + r * rows.input_stride, rows.in_features,
-                                 rows.quantized + r * rows.quantized_stride);
-  }
-}
-
-// --- dequantization ------------------------------------------------------------------------------
-
-template <class T>
-void dequantize(const DequantizePanels& block) {
-  constexpr int64_t kChunk = 256;
-  T* row = static_cast<T*>(block.output);
-  for (int64_t n = 0; n < block.columns; ++n, row += block.in_features) {
-    const int8_t* column = block.panels + n / kPanelColumns * block.quads * kPanelColumns * kQuad +
-                           n % kPanelColumns * kQuad;
-    const VecF scale = broadcast<VecF>(block.weight_scale[n]);
-    for (int64_t k = 0; k < block.in_features; k += kChunk) {
-      const int64_t size = block.in_features - k < kChunk ? block.in_features - k : kChunk;
-      int8_t chunk[kChunk] = {};
-      for (int64_t i = 0; i < size; i += kQuad) {
-        memcpy(chunk + i, column + (k + i) * kPanelColumns, kQuad);
-      }
-      for (int64_t i = 0; i < size; i += kLanesF) {
-        VecI8 q;
-        memcpy(&q, chunk + i, sizeof q);
-        const VecF value = __builtin_convertvector(widen(q), VecF) * scale;
-        if (size - i >= kLanesF) {
-          store(row + k + i, value);
-        } else {
-          store_partial(row + k + i, value, size - i);
-        }
-      }
-    }
+    const T* x = static_cast<const T*>(rows.input) + r * rows.input_stride;
+    int8_t* quantized = rows.quantized + r * rows.quantized_stride;
+    int64_t k = 0;
+    do {  // a row of no elements has a scale too
+      const int64_t rest = rows.in_features - k;
+      *scale++ = quantize_group(x + k, rest < size ? rest : size, quantized + k);
+      k += size;
+    } while (k < rows.in_features);
   }
 }
 
@@ -401,7 +240,6 @@ const QuantizedLinearKernels quantized_linear{
     .quantize = {quantize<float>, nullptr, quantize<BFloat16>, quantize<Float16>},
     .multiply = {multiply<float>, nullptr, multiply<BFloat16>, multiply<Float16>},
     .accumulate = accumulate,
-    .dequantize = {dequantize<float>, nullptr, dequantize<BFloat16>, dequantize<Float16>},
 };
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

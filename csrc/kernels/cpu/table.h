@@ -5,8 +5,11 @@
 #include "kernels/conv_bn_relu.h"
 #include "kernels/cpu/capability.h"
 #include "kernels/depthwise.h"
+#include "kernels/dequantize.h"
 #include "kernels/gemm.h"
 #include "kernels/gemm_bf16.h"
+#include "kernels/linear_int4.h"
+#include "kernels/linear_weight_only.h"
 #include "kernels/quantized_linear.h"
 #include "kernels/winograd.h"
 
@@ -16,7 +19,10 @@ struct KernelTable {
   const AdamWKernels* adamw;
   const ConvBNReLUKernels* conv_bn_relu;
   const DepthwiseKernels* depthwise;
+  const DequantizeKernels* dequantize;
   const GemmKernels* gemm;
+  const LinearInt4Kernels* linear_int4;
+  const WeightOnlyKernels* linear_weight_only;
   const QuantizedLinearKernels* quantized_linear;
   const WinogradKernels* winograd;
   const GemmBF16Kernels* gemm_bf16 = nullptr;  // where there are instructions for it

@@ -1,86 +1,58 @@
 #include "ops/quantized_linear.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "ops/check.h"
+#include "ops/cpu/linear_blocks.h"
+#include "ops/cpu/linear_rows.h"
 #include "ops/kernels.h"
 #include "ops/parallel.h"
 
 namespace torchweld::ops {
 namespace {
 
-using kernels::DType;
 using kernels::kPanelColumns;
 using kernels::kQuad;
-using kernels::LinearActivation;
 using kernels::QuantizedLinearBlock;
 
 // Bytes of quantized rows made at a time: bounds the scratch memory of a call, and stays in the
 // last cache until they are multiplied.
 constexpr int64_t kScratchBytes = 8 << 20;
 
-// Columns of a task: a multiple of every instruction set's tile.
-constexpr int64_t kTaskColumns = 6 * kPanelColumns;
-
-// Work that hides the cost of handing it to another thread.
-constexpr int64_t kGrainElements = 1 << 15;  // quantized
-constexpr int64_t kGrainProducts = 1 << 21;  // multiplied
+// Elements whose quantization hides the cost of handing them to another thread.
+constexpr int64_t kGrainElements = 1 << 16;
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : data_(static_cast<char*>(::operator new(bytes, kAlign))) {}
-  ~Scratch() { ::operator delete(data_, kAlign); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  char* data_;
-};
-
-// Rows of consecutive elements at one stride, copied only where `tensor` is not that already.
-struct Rows {
-  explicit Rows(const Tensor& source) : tensor(source), stride(source.size(source.dim() - 1)) {
-    if (tensor.is_contiguous()) return;
-    if (tensor.dim() == 2 && tensor.stride(1) == 1) {
-      stride = tensor.stride(0);
-    } else {
-      tensor = torch::stable::contiguous(tensor);
-    }
-  }
-  Tensor tensor;
-  int64_t stride;
+struct Operands {
+  const LinearShape& shape;
+  const Tensor& input;
+  const Tensor& packed_weight;
+  const Tensor& weight_sum;
+  int64_t group_size;  // 0: one group
+  float* input_scale;  // [rows][groups]
 };
 
 // Quantizes the rows and calls `run` once for each block of the product, blocks in parallel, with
-// the first row and column of the block; `run` finds everything but the output filled in.
+// the first row and column of the block; `run` finds all but the epilogue filled in.
 template <class F>
-void for_each_block(const LinearShape& shape, const Tensor& input, const Tensor& packed_weight,
-                    const Tensor& weight_sum, float* input_scale, const F& run) {
-  const auto& quantize =
-      cpu_kernels().quantized_linear->quantize[static_cast<size_t>(*to_dtype(input.scalar_type()))];
-  const Rows rows(input);
+void multiply_quantized(const Operands& of, const F& run) {
+  const LinearShape& shape = of.shape;
+  const auto quantize =
+      cpu_kernels()
+          .quantized_linear->quantize[static_cast<size_t>(*to_dtype(of.input.scalar_type()))];
+  const Rows rows(of.input);
   const char* data = static_cast<const char*>(rows.tensor.const_data_ptr());
-  const int64_t row_bytes = rows.stride * static_cast<int64_t>(input.element_size());
-  const int8_t* panels = packed_weight.const_data_ptr<int8_t>();
-  const int32_t* sums = weight_sum.const_data_ptr<int32_t>();
+  const int64_t row_bytes = rows.stride * static_cast<int64_t>(of.input.element_size());
+  const int8_t* panels = of.packed_weight.const_data_ptr<int8_t>();
+  const int32_t* sums = of.weight_sum.const_data_ptr<int32_t>();
+  const int64_t groups = shape.groups(of.group_size);
 
   // A stride that is a multiple of 4096 would map all rows to the same lines of the first cache.
   const int64_t stride = round_up(shape.in_features, kernels::kQuantizedRowAlign) + 64;
   const int64_t chunk = std::min(shape.rows, std::max<int64_t>(64, kScratchBytes / stride / 8 * 8));
-  const Scratch scratch(chunk * stride);
+  const Scratch scratch(chunk * stride / 4);
   auto* quantized = reinterpret_cast<int8_t*>(scratch.data());
-
-  // The rows of a task, half a megabyte of them, stay in the second cache.
-  const int64_t task_rows = std::clamp<int64_t>((1 << 19) / stride / 8 * 8, 32, 256);
-  const int64_t column_tasks = (shape.out_features + kTaskColumns - 1) / kTaskColumns;
-  const int64_t task_products = std::max<int64_t>(
-      1, std::min(task_rows, shape.rows) * stride * std::min(kTaskColumns, shape.out_features));
 
   for (int64_t first = 0; first < shape.rows; first += chunk) {
     const int64_t count = std::min(chunk, shape.rows - first);
@@ -91,67 +63,52 @@ void for_each_block(const LinearShape& shape, const Tensor& input, const Tensor&
                 .in_features = shape.in_features,
                 .quantized = quantized + begin * stride,
                 .quantized_stride = stride,
-                .scale = input_scale + first + begin});
+                .scale = of.input_scale + (first + begin) * groups,
+                .group_size = of.group_size});
     });
-    const int64_t row_tasks = (count + task_rows - 1) / task_rows;
-    parallel_for(row_tasks * column_tasks, kGrainProducts / task_products + 1,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t task = begin; task < end; ++task) {
-                     const int64_t row = task / column_tasks * task_rows;
-                     const int64_t column = task % column_tasks * kTaskColumns;
-                     QuantizedLinearBlock block{
-                         .quantized = quantized + row * stride,
-                         .quantized_stride = stride,
-                         .input_scale = input_scale + first + row,
-                         .rows = std::min(task_rows, count - row),
-                         .panels = panels + column * shape.quads * kQuad,
-                         .weight_sum = sums + column,
-                         .quads = shape.quads,
-                         .columns = std::min(kTaskColumns, shape.out_features - column),
-                         .weight_scale = nullptr,
-                         .bias = nullptr,
-                         .activation = LinearActivation::identity,
-                         .output = nullptr,
-                         .output_stride = shape.out_features};
-                     run(block, first + row, column);
-                   }
-                 });
+    for_each_block(
+        {count, shape.out_features, shape.in_features, stride}, [&](const LinearBlock& b) {
+          QuantizedLinearBlock block{.quantized = quantized + b.row * stride,
+                                     .quantized_stride = stride,
+                                     .rows = b.rows,
+                                     .panels = panels + b.column * shape.quads * kQuad,
+                                     .weight_sum = sums + b.column,
+                                     .quads = shape.quads,
+                                     .columns = b.columns,
+                                     .group_quads = of.group_size / kQuad,
+                                     .group_scale = of.input_scale + (first + b.row) * groups,
+                                     .epilogue = {}};
+          run(block, first + b.row, b.column);
+        });
   }
 }
 
 Tensor quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor weight_sum,
-                        std::optional<Tensor> bias, int64_t in_features, String activation) {
+                        std::optional<Tensor> bias, std::optional<Tensor> residual,
+                        int64_t in_features, String activation, int64_t input_group_size) {
   const char* op = "quantized_linear";
   const LinearShape shape =
       check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
   check_weight_sum(op, weight_sum, shape);
-  check_linear_bias(op, bias, shape);
-  const LinearActivation act = parse_linear_activation(op, activation);
+  check_group_size(op, input_group_size);
 
   const NoGradGuard no_grad;
   Tensor output = torch::stable::new_empty(input, with_last_size(input, shape.out_features));
+  const LinearTail tail(op, output, bias, residual, activation);
   if (output.numel() == 0) return output;
-  if (bias) {
-    if (bias->scalar_type() != ScalarType::Float)
-      bias = torch::stable::to(*bias, ScalarType::Float);
-    bias = torch::stable::contiguous(*bias);
-  }
-  const float* bias_data = bias ? bias->const_data_ptr<float>() : nullptr;
   const float* scale_data = weight_scale.const_data_ptr<float>();
-  char* output_data = static_cast<char*>(output.mutable_data_ptr());
-  const int64_t element = output.element_size();
-  const auto& multiply =
+  const auto multiply =
       cpu_kernels().quantized_linear->multiply[static_cast<size_t>(*to_dtype(input.scalar_type()))];
 
-  const std::unique_ptr<float[]> input_scale(new float[shape.rows]);
-  for_each_block(shape, input, packed_weight, weight_sum, input_scale.get(),
-                 [&](QuantizedLinearBlock& block, int64_t row, int64_t column) {
-                   block.weight_scale = scale_data + column;
-                   block.bias = bias_data ? bias_data + column : nullptr;
-                   block.activation = act;
-                   block.output = output_data + (row * shape.out_features + column) * element;
-                   multiply(block);
-                 });
+  const Scratch input_scale(shape.rows * shape.groups(input_group_size));
+  multiply_quantized(
+      {shape, input, packed_weight, weight_sum, input_group_size, input_scale.data()},
+      [&](QuantizedLinearBlock& block, int64_t row, int64_t column) {
+        block.epilogue = tail.at(row, column);
+        if (input_group_size == 0) block.epilogue.input_scale = input_scale.data() + row;
+        block.epilogue.weight_scale = scale_data + column;
+        multiply(block);
+      });
   return output;
 }
 
@@ -162,6 +119,8 @@ std::tuple<Tensor, Tensor> quantized_linear_accumulators(Tensor input, Tensor pa
   const LinearShape shape =
       check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
   check_weight_sum(op, weight_sum, shape);
+  TORCHWELD_CHECK(in_features <= kernels::kMaxSummed, op, "in_features",
+                  "at most " << kernels::kMaxSummed << ", so that sums fit int32", in_features);
 
   const NoGradGuard no_grad;
   IntList scale_sizes = with_last_size(input, 0);
@@ -170,41 +129,15 @@ std::tuple<Tensor, Tensor> quantized_linear_accumulators(Tensor input, Tensor pa
       torch::stable::new_empty(input, with_last_size(input, shape.out_features), ScalarType::Int);
   Tensor input_scale = torch::stable::new_empty(input, scale_sizes, ScalarType::Float);
   int32_t* data = sums.mutable_data_ptr<int32_t>();
-  const auto& accumulate = cpu_kernels().quantized_linear->accumulate;
-  for_each_block(shape, input, packed_weight, weight_sum, input_scale.mutable_data_ptr<float>(),
-                 [&](QuantizedLinearBlock& block, int64_t row, int64_t column) {
-                   block.output = data + row * shape.out_features + column;
-                   accumulate(block);
-                 });
+  const auto accumulate = cpu_kernels().quantized_linear->accumulate;
+  multiply_quantized(
+      {shape, input, packed_weight, weight_sum, 0, input_scale.mutable_data_ptr<float>()},
+      [&](QuantizedLinearBlock& block, int64_t row, int64_t column) {
+        block.epilogue.output = data + row * shape.out_features + column;
+        block.epilogue.output_stride = shape.out_features;
+        accumulate(block);
+      });
   return {sums, input_scale};
-}
-
-Tensor quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale,
-                                 int64_t in_features) {
-  const char* op = "quantized_linear_backward";
-  const LinearShape shape =
-      check_quantized_linear(op, "grad", grad, false, packed_weight, weight_scale, in_features);
-
-  const NoGradGuard no_grad;
-  Tensor weight = torch::stable::new_empty(grad, {shape.out_features, in_features});
-  const int8_t* panels = packed_weight.const_data_ptr<int8_t>();
-  const float* scale_data = weight_scale.const_data_ptr<float>();
-  char* data = static_cast<char*>(weight.mutable_data_ptr());
-  const int64_t element = weight.element_size();
-  const auto& dequantize =
-      cpu_kernels()
-          .quantized_linear->dequantize[static_cast<size_t>(*to_dtype(grad.scalar_type()))];
-  parallel_for(shape.panels, kGrainElements / (in_features * kPanelColumns + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 const int64_t column = begin * kPanelColumns;
-                 dequantize({.panels = panels + column * shape.quads * kQuad,
-                             .quads = shape.quads,
-                             .columns = std::min(end * kPanelColumns, shape.out_features) - column,
-                             .in_features = in_features,
-                             .weight_scale = scale_data + column,
-                             .output = data + column * in_features * element});
-               });
-  return torch::stable::matmul(grad, weight);
 }
 
 }  // namespace
@@ -212,7 +145,6 @@ Tensor quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weigh
 STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("quantized_linear_accumulators", TORCH_BOX(&quantized_linear_accumulators));
-  m.impl("quantized_linear_backward", TORCH_BOX(&quantized_linear_backward));
 }
 
 }  // namespace torchweld::ops

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
+#include <optional>
 
 #include "ops/memory.h"
 
@@ -11,19 +13,32 @@ namespace torchweld::ops {
 // first time takes longer than most of what is computed in them.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats)
-      : tensor_(empty({1, 1, 1, floats < kLeast ? floats : std::max(floats, kPooled)},
-                      ScalarType::Float, torch::headeronly::MemoryFormat::Contiguous)) {}
+  explicit Scratch(int64_t floats) {
+    if (floats < kLeast) {  // a tensor would cost more than to fill it
+      data_ = static_cast<float*>(::operator new(std::max<int64_t>(floats, 1) * 4, kAlign));
+      return;
+    }
+    tensor_ = empty({1, 1, 1, std::max(floats, kPooled)}, ScalarType::Float,
+                    torch::headeronly::MemoryFormat::Contiguous);
+    data_ = tensor_->mutable_data_ptr<float>();
+  }
+  ~Scratch() {
+    if (!tensor_) ::operator delete(data_, kAlign);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
 
-  float* data() const { return tensor_.mutable_data_ptr<float>(); }
+  float* data() const { return data_; }
 
  private:
   // Anything that fills a good part of a core's second cache lies in huge pages: small ones are
   // strewn over memory, and those that fall on the same sets of the cache drive each other out.
   static constexpr int64_t kLeast = 1 << 15;
   static constexpr int64_t kPooled = kSmallestPooled / 4;
+  static constexpr std::align_val_t kAlign{64};
 
-  Tensor tensor_;
+  std::optional<Tensor> tensor_;
+  float* data_;
 };
 
 }  // namespace torchweld::ops

@@ -3,6 +3,18 @@
 # The operators must be registered before anything is registered for them.
 from torchweld import _library as _library  # isort: skip
 
-from torchweld._dispatch import adamw, conv_bn_relu, quantized_linear
+from torchweld._dispatch import (
+    adamw,
+    conv_bn_relu,
+    quantized_linear,
+    quantized_linear_int4,
+    weight_only_linear,
+)
 
-__all__ = ["adamw", "conv_bn_relu", "quantized_linear"]
+__all__ = [
+    "adamw",
+    "conv_bn_relu",
+    "quantized_linear",
+    "quantized_linear_int4",
+    "weight_only_linear",
+]

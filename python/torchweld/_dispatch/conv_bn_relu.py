@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.amp.autocast_mode import _cast
 
 from torchweld import _recipes
+from torchweld._dispatch.derivative import library as _library
+from torchweld._dispatch.derivative import register_autograd
 
 _ops = torch.ops.torchweld
 
@@ -134,9 +136,6 @@ def _(grad_output, input, mean, invstd, weight, bias, residual, *args):  # type:
 
 
 # --- derivatives ----------------------------------------------------------------------------------
-_library = torch.library.Library("torchweld", "IMPL")
-
-
 def _mask(ctx: Any, positions: tuple[int, ...]) -> list[bool]:
     return [ctx.needs_input_grad[1 + i] for i in positions]  # the first is the key set
 
@@ -256,53 +255,17 @@ def _backward_frozen(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Te
     return _gradients(15, positions, mask, gradients)
 
 
-def _register_autograd(
-    op: str,
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
-    backward: Callable[..., tuple[Tensor | None, ...]],
-) -> None:
-    """Register a derivative as ``torch.library.register_autograd`` does, for half of its time.
-
-    A call of that one costs 40 microseconds, as much as the convolution of a small layer.
-    """
-    overload = getattr(_ops, op).default
-    below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
-
-    class Derivative(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            with below():
-                output = overload.redispatch(keyset & after, *args)
-            setup_context(ctx, args, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return (None, *backward(ctx, *grads))
-
-    def autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return apply(keyset, *args)
-        with below():
-            return overload.redispatch(keyset & after, *args)
-
-    # Without torch's wrapper, which looks for functorch's tensors: below the dispatcher are none.
-    apply = super(torch.autograd.Function, Derivative).apply
-    Derivative.__name__ = f"{op}_derivative"
-    _library.impl(op, autograd, "Autograd", with_keyset=True)
-
-
 def _refuse(op: str, sentence: str) -> None:
     """Give an op a derivative that raises: without one, autograd would only warn."""
 
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         raise RuntimeError(f"torchweld::{op}: {sentence}")
 
-    _register_autograd(op, lambda ctx, inputs, output: None, backward)
+    register_autograd(op, lambda ctx, inputs, output: None, backward)
 
 
-_register_autograd("conv_bn_relu", _setup_context, _backward)
-_register_autograd("conv_bn_relu_frozen", _setup_context_frozen, _backward_frozen)
+register_autograd("conv_bn_relu", _setup_context, _backward)
+register_autograd("conv_bn_relu_frozen", _setup_context_frozen, _backward_frozen)
 _TWICE = "expected to be differentiated once, got a second derivative; use the stock modules for it"
 _refuse("conv_bn_relu_backward", _TWICE)
 _refuse("conv_bn_relu_frozen_backward", _TWICE)

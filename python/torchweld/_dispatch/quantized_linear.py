@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import _cast
 
+from torchweld._dispatch.derivative import register_autograd
 from torchweld.ops.quantized_linear import unpack_weight
 
 _ops = torch.ops.torchweld
@@ -31,8 +32,10 @@ def _fake(
     weight_scale: Tensor,
     weight_sum: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     in_features: int,
     activation: str = "identity",
+    input_group_size: int = 0,
 ) -> Tensor:
     return input.new_empty(_output_shape(input, weight_scale, in_features))
 
@@ -64,53 +67,66 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, packed_weight, weight_scale, weight_sum, bias, in_features, activation = inputs
-    if ctx.needs_input_grad[2]:
+    input, packed_weight, weight_scale, weight_sum, bias, residual, *ctx.how = inputs
+    if ctx.needs_input_grad[3]:  # the first is the key set
         raise RuntimeError(
             "torchweld::quantized_linear: weight_scale: has no gradient; expected a tensor with "
             "requires_grad=False"
         )
-    ctx.in_features, ctx.activation = in_features, activation
     ctx.bias_dtype = None if bias is None else bias.dtype
-    # ReLU is read off its output; GELU and SiLU need their input, which costs a second product.
-    is_smooth = activation not in ("identity", "relu")
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    # ReLU is read off its output; the others need their input, which costs a second product.
+    activation = ctx.how[1]
+    from_output = activation == "relu" and residual is None
+    again = activation != "identity" and not from_output
     ctx.save_for_backward(
-        input if is_smooth else None,
-        output if activation == "relu" else None,
+        input if again else None,
+        output if from_output else None,
         packed_weight,
         weight_scale,
-        weight_sum if is_smooth else None,
-        bias if is_smooth else None,
+        weight_sum if again else None,
+        bias if again else None,
     )
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, output, packed_weight, weight_scale, weight_sum, bias = ctx.saved_tensors
-    if ctx.activation == "relu":
-        grad = torch.ops.aten.threshold_backward(grad, output, 0)
-    elif ctx.activation != "identity":
-        x = _ops.quantized_linear(
-            input, packed_weight, weight_scale, weight_sum, bias, ctx.in_features, "identity"
-        )
-        if ctx.activation == "silu" and torch.is_grad_enabled():
-            sigmoid = torch.sigmoid(x)  # aten.silu_backward has no derivative of its own
-            grad = grad * (sigmoid * (1 + x * (1 - sigmoid)))
-        elif ctx.activation == "silu":
-            grad = torch.ops.aten.silu_backward(grad, x)
-        else:
-            approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
-            grad = torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
-    grad_input = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_input = _ops.quantized_linear_backward(
-            grad, packed_weight, weight_scale, ctx.in_features
-        )
-    if ctx.needs_input_grad[4]:
+    in_features, activation, group_size = ctx.how
+    _, need_input, _, _, _, need_bias, need_residual = ctx.needs_input_grad[:7]
+    grad_input = grad_bias = grad_residual = None
+    if need_residual:
+        grad_residual = grad.to(ctx.residual_dtype)
+    if activation != "identity" and (need_input or need_bias):
+        if output is None:
+            output = _ops.quantized_linear(
+                input, packed_weight, weight_scale, weight_sum, bias, None, in_features,
+                "identity", group_size,
+            )  # fmt: skip
+        grad = activation_gradient(activation, grad, output)
+    if need_input:
+        grad_input = _ops.quantized_linear_backward(grad, packed_weight, weight_scale, in_features)
+    if need_bias:
         grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
-    return grad_input, None, None, None, grad_bias, None, None
+    return grad_input, None, None, None, grad_bias, grad_residual, None, None, None
 
 
-torch.library.register_autograd("torchweld::quantized_linear", _backward, setup_context=_setup)
+def activation_gradient(activation: str, grad: Tensor, x: Tensor) -> Tensor:
+    """``grad`` times the derivative of the activation at ``x``; ReLU's may be its output."""
+    result: Tensor
+    if activation == "relu":
+        result = torch.ops.aten.threshold_backward(grad, x, 0)
+    elif activation == "silu" and torch.is_grad_enabled():
+        sigmoid = torch.sigmoid(x)  # aten.silu_backward has no derivative of its own
+        result = grad * (sigmoid * (1 + x * (1 - sigmoid)))
+    elif activation == "silu":
+        result = torch.ops.aten.silu_backward(grad, x)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        result = torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
+    return result
+
+
+register_autograd("quantized_linear", _setup, _backward)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,9 +141,7 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad @ weight.T, None, None, None
 
 
-torch.library.register_autograd(
-    "torchweld::quantized_linear_backward", _double_backward, setup_context=_setup_backward
-)
+register_autograd("quantized_linear_backward", _setup_backward, _double_backward)
 
 
 # --- autocast ------------------------------------------------------------------------------------
@@ -138,7 +152,7 @@ _autocast = torch.library.Library("torchweld", "IMPL")
 def _register_autocast(device_type: str, key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    # Only the input is cast: weights are int8, and scales and bias enter in float32 anyway.
+    # Only the input is cast: weights are int8, and everything else enters in float32 anyway.
     def quantized_linear(input: Tensor, *args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):

@@ -1,16 +1,16 @@
-"""The int8 linear layer as a module."""
+"""The linear layers with an int8 weight, with quantized and with float activations."""
 
 # No postponed annotations here: TorchScript evaluates those of the buffers.
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
 
+from torchweld.nn.integer_linear import IntegerLinear
 from torchweld.ops.quantized_linear import (
-    ACTIVATIONS,
     MAX_IN_FEATURES,
-    PANEL,
     QUAD,
     invalid_qweight,
     pack_weight,
@@ -18,53 +18,15 @@ from torchweld.ops.quantized_linear import (
     unpack_weight,
 )
 
-_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-}
+# Sums of more products of a group could overflow int32.
+_MAX_GROUP_SIZE = 1 << 16
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer with an int8 weight and activations quantized to int8 on the fly.
-
-    Computes ``activation(input @ weight.T + bias)``; see
-    :func:`torchweld.ops.quantized_linear` for the arithmetic. Build it from a float layer with
-    :meth:`from_float`; the constructor makes a layer of zeros to load a state_dict into.
-
-    The ``state_dict`` holds ``qweight`` (int8 ``[out_features, in_features]``), ``weight_scale``
-    (float32 ``[out_features]``) and ``bias``. Memory and TorchScript files hold the weight only in
-    the layout of the kernels, so ``qweight`` is a copy made for the occasion, and loading packs it.
-
-    Args:
-        in_features: size of each input row, at most 133144.
-        out_features: size of each output row.
-        bias: whether there is a bias.
-        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
-        device: device of the tensors.
-        dtype: dtype of the bias. Input may be float32, bfloat16 or float16 whatever it is.
-
-    Raises:
-        ValueError: a size is negative or too large, or ``activation`` is unknown.
-
-    Shape:
-        ``[..., in_features]`` to ``[..., out_features]``, in the dtype of the input.
-
-    Note:
-        ``half()``, ``to(dtype)``, ``type(dtype)`` and the like cast the bias only.
-        The input and the bias have gradients, the weight has none.
-
-    Example:
-        >>> import torch, torchweld as tw
-        >>> layer = tw.nn.QuantizedLinear.from_float(torch.nn.Linear(64, 10), activation="relu")
-        >>> layer(torch.randn(3, 64)).shape
-        torch.Size([3, 10])
-    """
+class _Int8Linear(IntegerLinear):
+    """What both layers with an int8 weight share: they read each other's state_dict."""
 
     packed_weight: Tensor
     weight_scale: Tensor
-    weight_sum: Tensor
 
     def __init__(
         self,
@@ -75,192 +37,279 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        if not 0 <= in_features <= MAX_IN_FEATURES:
+        super().__init__(in_features, out_features, bias, activation, device, dtype)
+        if in_features > MAX_IN_FEATURES:
             raise ValueError(
-                f"QuantizedLinear: in_features: expected 0 to {MAX_IN_FEATURES}, got {in_features}"
+                f"{type(self).__name__}: in_features: expected 0 to {MAX_IN_FEATURES}, got "
+                f"{in_features}"
             )
-        if out_features < 0:
-            raise ValueError(
-                f"QuantizedLinear: out_features: expected 0 or more, got {out_features}"
-            )
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"QuantizedLinear: activation: expected one of {', '.join(ACTIVATIONS)}, got "
-                f"{activation!r}"
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.activation = activation
-        panels, quads = -(-out_features // PANEL), -(-in_features // QUAD)
-        packed = torch.zeros(panels, quads, PANEL, QUAD, dtype=torch.int8, device=device)
-        weight_sum = torch.zeros(panels * PANEL, dtype=torch.int32, device=device)
-        self.register_buffer("packed_weight", packed, persistent=False)
-        self.register_buffer("weight_sum", weight_sum, persistent=False)
-        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
-        self.weight_scale = self.weight_scale.float()
-        self.bias: nn.Parameter | None
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        qweight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        scale = torch.ones(out_features, dtype=torch.float32, device=device)
+        self._register({"qweight": qweight, "weight_scale": scale})
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, activation: str = "identity") -> "QuantizedLinear":
+    def from_integers(
+        cls,
+        qweight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "identity",
+        **options: Any,
+    ) -> Self:
+        """Build a layer of a weight that is quantized already.
+
+        Args:
+            qweight: int8 ``[out_features, in_features]`` within [-127, 127].
+            weight_scale: positive float32 ``[out_features]``.
+            bias: floating point ``[out_features]``, or None.
+            activation: as in the constructor.
+            options: other arguments of the constructor.
+
+        Raises:
+            ValueError: a tensor is not as above, or ``activation`` is unknown.
+        """
+        where = f"{cls.__name__}.from_integers: "
+        if qweight.dim() != 2:
+            raise ValueError(
+                f"{where}qweight: expected int8 [out_features, in_features], got {qweight.dtype} "
+                f"{list(qweight.shape)}"
+            )
+        n, k = qweight.shape
+        module = cls(k, n, False, activation, device="meta", **options)
+        canonical = {"qweight": qweight, "weight_scale": weight_scale}
+        for problem in module.invalid(canonical):
+            raise ValueError(where + problem)
+        like = nn.Module()
+        like.bias = bias  # type: ignore[assignment]
+        return module._set(canonical, like, where.removesuffix(": "))
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """``qweight`` and ``weight_scale``."""
+        qweight, scale = quantize_weight(weight)
+        return {"qweight": qweight, "weight_scale": scale}
+
+    def packed(self, canonical: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weight in panels, and its scales."""
+        packed, _ = pack_weight(canonical["qweight"])
+        return {"packed_weight": packed, "weight_scale": canonical["weight_scale"]}
+
+    def canonical(self) -> dict[str, Tensor]:
+        """``qweight`` int8 ``[N, K]`` and ``weight_scale`` float32 ``[N]``."""
+        return {"qweight": self.qweight(), "weight_scale": self.weight_scale}
+
+    def qweight(self) -> Tensor:
+        """Return the weight as int8 ``[out_features, in_features]``, a copy."""
+        return unpack_weight(self.packed_weight, self.out_features, self.in_features)
+
+    def weight(self) -> Tensor:
+        """Return the weight the integers stand for: float32 ``[out_features, in_features]``.
+
+        A method, as in ``torch.ao.nn.quantized``: there is no float weight to be read or written.
+        """
+        return self.qweight() * self.weight_scale[:, None]
+
+    def invalid(self, canonical: dict[str, Tensor]) -> list[str]:
+        """What is wrong with tensors read from a state_dict: "name: expected ..., got ..."."""
+        problems = []
+        qweight, scale = canonical["qweight"], canonical["weight_scale"]
+        problem = invalid_qweight(qweight)
+        shape = [self.out_features, self.in_features]
+        if not problem and list(qweight.shape) != shape:
+            problem = f"expected int8 {shape}, got {list(qweight.shape)}"
+        if problem:
+            problems.append(f"qweight: {problem}")
+        got = None
+        if scale.dtype != torch.float32 or list(scale.shape) != [self.out_features]:
+            got = f"{scale.dtype} {list(scale.shape)}"
+        elif not scale.is_meta and not bool((scale.isfinite() & (scale > 0)).all()):
+            got = "a zero, negative or non-finite scale"
+        if got:
+            problems.append(
+                f"weight_scale: expected positive float32 [{self.out_features}], got {got}"
+            )
+        return problems
+
+
+class QuantizedLinear(_Int8Linear):
+    """A linear layer with an int8 weight and activations quantized to int8 on the fly.
+
+    Computes ``activation(input @ weight.T + bias) + residual``; see
+    :func:`torchweld.ops.quantized_linear` for the arithmetic. Build it from a float layer with
+    :meth:`from_float`; the constructor makes a layer of zeros to load a state_dict into.
+
+    The ``state_dict`` holds ``qweight`` (int8 ``[out_features, in_features]``), ``weight_scale``
+    (float32 ``[out_features]``) and ``bias``. Memory and TorchScript files hold the weight only in
+    the layout of the kernels, so ``qweight`` is a copy made for the occasion, and loading packs it.
+
+    Args:
+        in_features: size of each input row, at most 16777216.
+        out_features: size of each output row.
+        bias: whether there is a bias.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        device: device of the tensors.
+        dtype: dtype of the bias. Input may be float32, bfloat16 or float16 whatever it is.
+        input_group_size: input features that share a scale of the input; 0: all of a row do.
+
+    Raises:
+        ValueError: a size is negative or too large, or ``activation`` is unknown.
+
+    Shape:
+        ``[..., in_features]`` to ``[..., out_features]``, in the dtype of the input; ``residual``
+        is floating point of the output's shape.
+
+    Note:
+        ``half()``, ``to(dtype)``, ``type(dtype)`` and the like cast the bias only.
+        Input, residual and bias have gradients, the weight has none.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> layer = tw.nn.QuantizedLinear.from_float(torch.nn.Linear(64, 10), activation="relu")
+        >>> layer(torch.randn(3, 64)).shape
+        torch.Size([3, 10])
+    """
+
+    weight_sum: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "identity",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        input_group_size: int = 0,
+    ):
+        problem = invalid_input_group_size(input_group_size)
+        if problem:
+            raise ValueError(f"QuantizedLinear: input_group_size: {problem}")
+        super().__init__(in_features, out_features, bias, activation, device, dtype)
+        self.input_group_size = input_group_size
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Module, activation: str = "identity", *, input_group_size: int = 0
+    ) -> Self:
         """Quantize a float layer. The new module shares no memory with it.
 
         Args:
-            linear: the layer; its weight is read once.
+            linear: an ``nn.Linear``, or what has ``weight`` and ``bias`` like one; read once.
             activation: applied to the result, as in the constructor.
+            input_group_size: as in the constructor.
 
         Returns:
             The quantized layer, on the same device and in the same train/eval mode.
 
         Raises:
             ValueError: the weight or the bias holds a NaN or an infinity, is float64 or not
-                floating point, or has more than 133144 columns.
+                floating point, or has more than 16777216 columns.
         """
-        if linear.weight.dtype == torch.float64:
-            raise ValueError(
-                "QuantizedLinear.from_float: linear.weight: expected float32, bfloat16 or float16, "
-                "got torch.float64"
-            )
-        if linear.bias is not None and not bool(linear.bias.isfinite().all()):
-            raise ValueError(
-                "QuantizedLinear.from_float: linear.bias: expected finite values, got NaN or "
-                "infinity"
-            )
-        qweight, weight_scale = quantize_weight(linear.weight)
-        out_features, in_features = qweight.shape
-        has_bias = linear.bias is not None
-        module = cls(in_features, out_features, has_bias, activation, device="meta")
-        module.packed_weight, module.weight_sum = pack_weight(qweight)
-        module.weight_scale = weight_scale
-        if has_bias:
-            bias = linear.bias.detach().clone()
-            module.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
-        return module.train(linear.training)
+        return cls._from_float(linear, activation, input_group_size=input_group_size)
 
-    def to_float(self) -> nn.Module:
-        """Return a float layer with the dequantized weight.
+    def packed(self, canonical: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weight in panels, its scales, and its sums."""
+        packed, weight_sum = pack_weight(canonical["qweight"])
+        scale = canonical["weight_scale"]
+        return {"packed_weight": packed, "weight_scale": scale, "weight_sum": weight_sum}
 
-        Returns:
-            An ``nn.Linear`` in the dtype of the bias, float32 without one; with an activation, an
-            ``nn.Sequential`` of it and the activation. Shares no memory with this module.
-        """
-        dtype = torch.float32 if self.bias is None else self.bias.dtype
-        device = self.weight_scale.device
-        has_bias = self.bias is not None
-        linear: nn.Linear = nn.utils.skip_init(
-            nn.Linear, self.in_features, self.out_features, has_bias, device=device, dtype=dtype
-        )
-        with torch.no_grad():
-            linear.weight.copy_(self.qweight() * self.weight_scale[:, None])
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-                linear.bias.requires_grad_(self.bias.requires_grad)
-        linear.train(self.training)
-        if self.activation == "identity":
-            return linear
-        return nn.Sequential(linear, _ACTIVATION_MODULES[self.activation]()).train(self.training)
+    def rounded(self, input: Tensor) -> Tensor:
+        """Return the input as the product sees it, in float32: what of it rounding leaves."""
+        return fake_quantized(input, self.input_group_size)
 
-    def qweight(self) -> Tensor:
-        """Return the weight as int8 ``[out_features, in_features]``, a copy."""
-        return unpack_weight(self.packed_weight, self.out_features, self.in_features)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer to ``[..., in_features]``."""
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
+        """Apply the layer to ``[..., in_features]`` and add ``residual``."""
         output: Tensor = torch.ops.torchweld.quantized_linear(
             input,
             self.packed_weight,
             self.weight_scale,
             self.weight_sum,
             self.bias,
+            residual,
             self.in_features,
             self.activation,
+            self.input_group_size,
         )
         return output
 
     def extra_repr(self) -> str:
         """Sizes and activation, as ``print(module)`` shows them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, activation={self.activation!r}"
+        groups = f", input_group_size={self.input_group_size}" if self.input_group_size else ""
+        return super().extra_repr() + groups
+
+
+class WeightOnlyLinear(_Int8Linear):
+    """A linear layer with an int8 weight and activations that stay float.
+
+    Computes ``activation(input @ weight.T + bias) + residual``; see
+    :func:`torchweld.ops.weight_only_linear` for the arithmetic. The weight is that of
+    :class:`QuantizedLinear`, in memory, in files and in a ``state_dict``, which may be loaded into
+    either.
+
+    Args:
+        in_features: size of each input row, at most 16777216.
+        out_features: size of each output row.
+        bias: whether there is a bias.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        device: device of the tensors.
+        dtype: dtype of the bias. Input may be float32, bfloat16 or float16 whatever it is.
+
+    Raises:
+        ValueError: a size is negative or too large, or ``activation`` is unknown.
+
+    Shape:
+        ``[..., in_features]`` to ``[..., out_features]``, in the dtype of the input; ``residual``
+        is floating point of the output's shape.
+
+    Note:
+        ``half()``, ``to(dtype)``, ``type(dtype)`` and the like cast the bias only.
+        Input, residual and bias have gradients, the weight has none.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> layer = tw.nn.WeightOnlyLinear.from_float(torch.nn.Linear(64, 10))
+        >>> layer(torch.randn(3, 64), residual=torch.randn(3, 10)).shape
+        torch.Size([3, 10])
+    """
+
+    @classmethod
+    def from_float(cls, linear: nn.Module, activation: str = "identity") -> Self:
+        """Quantize a float layer, as :meth:`QuantizedLinear.from_float` does."""
+        return cls._from_float(linear, activation)
+
+    def rounded(self, input: Tensor) -> Tensor:
+        """Return the input, which is not rounded."""
+        return input.float()
+
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
+        """Apply the layer to ``[..., in_features]`` and add ``residual``."""
+        output: Tensor = torch.ops.torchweld.weight_only_linear(
+            input,
+            self.packed_weight,
+            self.weight_scale,
+            self.bias,
+            residual,
+            self.in_features,
+            self.activation,
         )
+        return output
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        # half() casts the scales, type(dtype) the integers too: keep the device, undo the cast.
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is not None and after is not None and after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
-        return self
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        destination[prefix + "qweight"] = self.qweight()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+def fake_quantized(input: Tensor, group_size: int) -> Tensor:
+    """What quantizing an input to int8 and back gives, in float32: as the kernels define it."""
+    k = input.shape[-1]
+    size = group_size or max(k, 1)
+    # A row quantizes as a row of a weight does; the last group's missing values are zeros.
+    rows = F.pad(input.detach().float(), (0, -k % size)).reshape(-1, size)
+    scale = (rows.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    rounded = (rows * (1 / scale)).round() * scale
+    return rounded.view(*input.shape[:-1], k + -k % size)[..., :k]
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if prefix + "weight" in state_dict and prefix + "qweight" not in state_dict:
-            error_msgs.append(
-                f"{prefix}qweight: expected the state_dict of a QuantizedLinear, got one of a "
-                "float layer; load it into the float model and convert that with torchweld.quantize"
-            )
-            return
-        problems = self._problems(state_dict, prefix)
-        if problems:  # then nothing of this module is loaded
-            error_msgs.extend(problems)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + "qweight"
-        if key in unexpected_keys:
-            unexpected_keys.remove(key)
-        if key not in state_dict:
-            if strict:
-                missing_keys.append(key)
-            return
-        packed, weight_sum = pack_weight(state_dict[key].detach())
-        if local_metadata.get("assign_to_params_buffers", False):
-            self.packed_weight, self.weight_sum = packed, weight_sum
-        else:
-            self.packed_weight.copy_(packed)
-            self.weight_sum.copy_(weight_sum)
 
-    def _problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        problems = []
-        qweight = state_dict.get(prefix + "qweight")
-        if qweight is not None:
-            problem = invalid_qweight(qweight)
-            shape = [self.out_features, self.in_features]
-            if not problem and list(qweight.shape) != shape:
-                problem = f"expected int8 {shape}, got {list(qweight.shape)}"
-            if problem:
-                problems.append(f"{prefix}qweight: {problem}")
-        scale = state_dict.get(prefix + "weight_scale")
-        if scale is not None:
-            got = None
-            if scale.dtype != torch.float32 or list(scale.shape) != [self.out_features]:
-                got = f"{scale.dtype} {list(scale.shape)}"
-            elif not scale.is_meta and not bool((scale.isfinite() & (scale > 0)).all()):
-                got = "a zero, negative or non-finite scale"
-            if got:
-                problems.append(
-                    f"{prefix}weight_scale: expected positive float32 [{self.out_features}], "
-                    f"got {got}"
-                )
-        return problems
+def invalid_input_group_size(size: int) -> str | None:
+    """Say why inputs cannot be scaled in groups of a size ("expected ..., got ..."), or None."""
+    if 0 <= size <= _MAX_GROUP_SIZE and size % QUAD == 0:
+        return None
+    return (
+        f"expected 0, for a scale per row, or a multiple of {QUAD} up to {_MAX_GROUP_SIZE}, got "
+        f"{size}"
+    )

@@ -18,6 +18,14 @@ from torchweld.ops.quantized_linear import (
     quantized_linear,
     unpack_weight,
 )
+from torchweld.ops.quantized_linear_int4 import (
+    dequantize_weight_int4,
+    pack_weight_int4,
+    quantize_weight_int4,
+    quantized_linear_int4,
+    unpack_weight_int4,
+)
+from torchweld.ops.weight_only_linear import weight_only_linear
 
 __all__ = [
     "adamw_step_",
@@ -29,10 +37,16 @@ __all__ = [
     "conv_bn_relu_frozen",
     "conv_relu",
     "conv_relu_pack",
+    "dequantize_weight_int4",
     "grad_norm",
     "pack_weight",
+    "pack_weight_int4",
     "quantize_weight",
+    "quantize_weight_int4",
     "quantized_linear",
+    "quantized_linear_int4",
     "unpack_weight",
+    "unpack_weight_int4",
     "update_running_stats",
+    "weight_only_linear",
 ]

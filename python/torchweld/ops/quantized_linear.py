@@ -11,8 +11,8 @@ ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 PANEL = 16
 QUAD = 4
 
-# Sums of more products of two values up to 127 could overflow int32.
-MAX_IN_FEATURES = (2**31 - 1) // 127**2
+# Sums of more weights could overflow int32.
+MAX_IN_FEATURES = 2**24
 
 
 def quantized_linear(
@@ -21,12 +21,14 @@ def quantized_linear(
     weight_scale: Tensor,
     weight_sum: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     in_features: int,
     activation: str = "identity",
+    input_group_size: int = 0,
 ) -> Tensor:
-    """Apply ``activation(input @ weight.T + bias)`` in int8, quantizing ``input`` on the fly.
+    """Apply ``activation(input @ weight.T + bias) + residual`` in int8 x int8.
 
-    Every row of ``input`` is quantized by itself (per token), in float32:
+    Every row of ``input`` is quantized on the fly and by itself (per token), in float32:
     ``scale = max(absmax / 127, 2**-126)`` and ``q = round_half_to_even(input * (1 / scale))``. A
     row that holds a NaN or an infinity gives a row of NaN and touches no other row.
 
@@ -37,8 +39,13 @@ def quantized_linear(
             ``weight_scale[n] * qweight[n]``.
         weight_sum: int32 sums of the weight's columns, from :func:`pack_weight`.
         bias: floating point ``[out_features]``, or None. Used in float32.
-        in_features: the number of input features K, at most 133144.
+        residual: floating point ``[..., out_features]``, exactly the output's shape, or None. Added
+            behind the activation, in float32. Read without a copy if it is contiguous and in the
+            dtype of ``input`` or float32.
+        in_features: the number of input features K, at most 2**24.
         activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        input_group_size: 0 for one scale per row of ``input``; else every so many features of a
+            row have their own, against outlier channels: a multiple of 4, up to 65536.
 
     Returns:
         ``[..., out_features]`` in the dtype of ``input``.
@@ -48,14 +55,16 @@ def quantized_linear(
             the message names it. Also when ``weight_scale`` requires grad.
 
     Note:
-        Products are summed exactly in int32; then, in float32, ``float(sum) * scale``, one fused
-        multiply-add with ``weight_scale`` and ``bias``, the activation, and one rounding to the
-        dtype of ``input``. The result has the same bits on every CPU instruction set, for any
-        number of threads, and whatever other rows are in the batch.
+        Products are summed exactly (in int32; more than 133144 of them in blocks, joined in int64).
+        Then, in float32, ``float(sum) * scale``, or the groups' one by one in fused multiply-adds;
+        one fused multiply-add with ``weight_scale`` and ``bias``, the activation, the residual, and
+        one rounding to the dtype of ``input``. The result has the same bits on every CPU
+        instruction set, for any number of threads, and whatever other rows are in the batch.
 
-        Differentiable in ``input`` and ``bias``; rounding counts as the identity (straight-through
-        estimator), so the gradient of ``input`` is that of a linear layer with the dequantized
-        weight, rounded to the gradient's dtype. Its matrix product is ATen's and is not quantized.
+        Differentiable in ``input``, ``bias`` and ``residual``; rounding counts as the identity
+        (straight-through estimator), so the gradient of ``input`` is that of a linear layer with
+        the dequantized weight; it is not quantized.
+
         Under autocast ``input`` is cast to the autocast dtype, everything else is left as it is.
 
     Reference:
@@ -66,11 +75,20 @@ def quantized_linear(
         >>> import torch, torchweld as tw
         >>> qweight, scale = tw.ops.quantize_weight(torch.randn(8, 32))
         >>> packed, weight_sum = tw.ops.pack_weight(qweight)
-        >>> tw.ops.quantized_linear(torch.randn(4, 32), packed, scale, weight_sum, None, 32).shape
+        >>> x = torch.randn(4, 32)
+        >>> tw.ops.quantized_linear(x, packed, scale, weight_sum, None, None, 32).shape
         torch.Size([4, 8])
     """
     result: Tensor = torch.ops.torchweld.quantized_linear(
-        input, packed_weight, weight_scale, weight_sum, bias, in_features, activation
+        input,
+        packed_weight,
+        weight_scale,
+        weight_sum,
+        bias,
+        residual,
+        in_features,
+        activation,
+        input_group_size,
     )
     return result
 
@@ -126,7 +144,7 @@ def pack_weight(qweight: Tensor) -> tuple[Tensor, Tensor]:
         ``qweight``. The layout is the same for every instruction set.
 
     Raises:
-        ValueError: ``qweight`` is not two-dimensional int8, has more than 133144 columns, or holds
+        ValueError: ``qweight`` is not two-dimensional int8, has more than 2**24 columns, or holds
             -128, which the exact integer arithmetic of AVX2 leaves no room for.
 
     Example:

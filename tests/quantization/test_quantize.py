@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 
 import pytest
@@ -8,6 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tests.reference.quantized_linear import sqnr
+
+# Small models do for everything but the rule about small layers.
+quantize = functools.partial(tw.quantize, keep_small=False)
 
 
 class Digits(nn.Module):
@@ -39,7 +43,7 @@ def test_converts_every_linear_and_leaves_the_original():
     model = Digits().eval()
     expected = model(images())
     state = copy.deepcopy(model.state_dict())
-    quantized = tw.quantize(model)
+    quantized = quantize(model)
     assert type(quantized) is Digits
     assert not quantized.training
     assert type(quantized.fc1) is type(quantized.fc2) is tw.nn.QuantizedLinear
@@ -61,26 +65,95 @@ def test_converts_every_linear_and_leaves_the_original():
 
 def test_a_single_linear():
     linear = nn.Linear(64, 32)
-    quantized = tw.quantize(linear)
+    quantized = quantize(linear)
     assert type(quantized) is tw.nn.QuantizedLinear
     assert len(tw.report(quantized).converted) == 1
     assert not hasattr(linear, "_torchweld_report")
 
 
 def test_quantized_model_copies_pickles_and_loads():
-    quantized = tw.quantize(Digits().eval())
+    quantized = quantize(Digits().eval())
     expected = quantized(images())
     for other in (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
         assert torch.equal(other(images()), expected)
         assert len(tw.report(other)) == 2
-    other = tw.quantize(Digits().eval())
+    other = quantize(Digits().eval())
     other.load_state_dict(quantized.state_dict())
     assert torch.equal(other(images()), expected)
 
 
+CONFIGS = [
+    (tw.Int8(), "QuantizedLinear", 30),
+    (tw.Int8(input_group_size=32), "QuantizedLinear in groups of 32", 30),
+    (tw.Int8WeightOnly(), "WeightOnlyLinear", 35),
+    (tw.Int4(), "Int4Linear in groups of 128", 13),
+    (tw.Int4(group_size=32), "Int4Linear in groups of 32", 15),
+]
+
+
+@pytest.mark.parametrize(("config", "what", "least"), CONFIGS, ids=str)
+def test_configs(config, what, least):
+    torch.manual_seed(0)
+    model = Digits().eval()
+    quantized = quantize(model, config)
+    assert sqnr(quantized(images()), model(images())) > least
+    assert [row.detail for row in tw.report(quantized)] == [what, what]
+
+
+def test_two_configs_in_one_model():
+    quantized = quantize(quantize(Digits(), tw.Int4(), exclude="fc2"), tw.Int8WeightOnly())
+    assert type(quantized.fc1) is tw.nn.Int4Linear
+    assert type(quantized.fc2) is tw.nn.WeightOnlyLinear
+    assert [(row.name, row.converted) for row in tw.report(quantized)] == [
+        ("fc1", True),
+        ("fc2", True),
+    ]
+
+
+def test_a_group_that_does_not_fit():
+    quantized = quantize(Digits(), tw.Int4(group_size=256))
+    assert detail(quantized, "fc1")[0]
+    assert "group_size: expected a multiple of 8" in detail(quantized, "fc2")[1]
+
+
+def test_small_layers():
+    quantized = tw.quantize(Digits())
+    assert detail(quantized, "fc1")[0]
+    assert detail(quantized, "fc2") == (False, "too small to gain (128 x 10)")
+    assert type(quantized.fc2) is nn.Linear
+    for config in (tw.Int8(), tw.Int8WeightOnly(), tw.Int4()):
+        assert tw.quantization.worth_quantizing(config, 4096, 4096)
+        assert not tw.quantization.worth_quantizing(config, 16, 4096)
+        assert not tw.quantization.worth_quantizing(config, 4096, 16)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_before_and_after_weld(inference):
+    torch.manual_seed(0)
+    model = Digits().eval()
+    expected = quantize(model)(images())
+    before, after = quantize(tw.weld(model, inference=inference)), None
+    after = tw.weld(quantize(model), inference=inference)
+    for both in (before, after):
+        assert type(both.fc1) is tw.nn.QuantizedLinear
+        assert {row.conversion for row in tw.report(both).converted} == {
+            "conv_bn_relu",
+            "quantized_linear",
+        }
+        torch.testing.assert_close(both(images()), expected, rtol=0.05, atol=0.02)
+
+
+def test_packed_linears_are_taken():
+    model = tw.weld(nn.Sequential(nn.Linear(512, 512)), inference=True)
+    assert type(model[0]) is tw.nn.PackedLinear
+    quantized = tw.quantize(model)
+    assert type(quantized[0]) is tw.nn.QuantizedLinear
+    assert set(quantized.state_dict()) == {"0.qweight", "0.weight_scale", "0.bias"}
+
+
 def test_quantizing_again_changes_nothing():
-    quantized = tw.quantize(Digits().eval())
-    again = tw.quantize(quantized)
+    quantized = quantize(Digits().eval())
+    again = quantize(quantized)
     assert torch.equal(again(images()), quantized(images()))
     assert len(tw.report(again)) == 2
 
@@ -98,37 +171,37 @@ def test_quantizing_again_changes_nothing():
     ],
 )
 def test_exclude(exclude, converted):
-    report = tw.report(tw.quantize(Digits(), exclude=exclude))
+    report = tw.report(quantize(Digits(), exclude=exclude))
     assert [row.name for row in report.converted] == converted
     assert all("excluded by" in row.detail for row in report.skipped)
 
 
 def test_excluding_a_module_excludes_what_it_holds():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
-    assert [row.name for row in tw.report(tw.quantize(model, exclude="0")).converted] == ["1"]
+    assert [row.name for row in tw.report(quantize(model, exclude="0")).converted] == ["1"]
 
 
 def test_a_layer_used_twice_is_converted_once():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     model["c"] = model["a"]
     model.plain_list = [model["a"]]
-    quantized = tw.quantize(model)
+    quantized = quantize(model)
     assert quantized["a"] is quantized["c"] is quantized.plain_list[0]
     assert type(quantized["a"]) is tw.nn.QuantizedLinear
-    assert detail(quantized, "a") == (True, "QuantizedLinear, int8 (also c)")
+    assert detail(quantized, "a") == (True, "QuantizedLinear (also c)")
     assert len(tw.report(quantized)) == 2
 
 
 def test_tied_weights_stay_tied():
     model = nn.ModuleDict({"embed": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False)})
     model["head"].weight = model["embed"].weight
-    quantized = tw.quantize(model)
+    quantized = quantize(model)
     assert quantized["head"].weight is quantized["embed"].weight
     assert detail(quantized, "head") == (False, "weight is shared with embed.weight")
 
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].bias = model[0].bias
-    quantized = tw.quantize(model)
+    quantized = quantize(model)
     assert quantized[1].bias is quantized[0].bias
     assert detail(quantized, "0") == (False, "bias is shared with 1.bias")
 
@@ -136,6 +209,10 @@ def test_tied_weights_stay_tied():
 class Own(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1
+
+
+class OwnAttention(nn.MultiheadAttention):
+    pass
 
 
 def hooked(linear):
@@ -166,12 +243,15 @@ def with_nan(linear):
         (lambda: nn.Linear(8, 8).double(), "weight is torch.float64"),
         (lambda: with_nan(nn.Linear(8, 8)), "weight holds a NaN"),
         (lambda: nn.Linear(8, 8, device="meta"), "weight is on meta"),
-        (lambda: nn.Linear(133145, 1), "more than 133144 input features"),
+        (lambda: nn.Linear(2**24 + 1, 1), "more than 16777216 input features"),
+        (lambda: nn.LSTM(8, 8), "LSTM is not converted"),
+        (lambda: nn.GRUCell(8, 8), "GRUCell is not converted"),
+        (lambda: OwnAttention(8, 2), "OwnAttention is not nn.MultiheadAttention itself"),
     ],
 )
 def test_left_alone_and_reported(layer, reason):
     model = nn.Sequential(layer(), nn.Linear(8, 8))
-    quantized = tw.quantize(model)
+    quantized = quantize(model)
     assert type(quantized[0]) is type(model[0])
     converted, text = detail(quantized, "0")
     assert not converted
@@ -179,43 +259,19 @@ def test_left_alone_and_reported(layer, reason):
     assert type(quantized[1]) is tw.nn.QuantizedLinear
 
 
-def test_attention_works():
-    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
-    quantized = tw.quantize(attention)
-    x = torch.randn(2, 3, 16)
-    assert torch.equal(quantized(x, x, x)[0], attention(x, x, x)[0])
-    assert detail(quantized, "out_proj")[1].startswith("NonDynamicallyQuantizableLinear")
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_transformers_work(training):
-    x = torch.randn(2, 5, 16)
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2
-    ).train(training)
-    quantized = tw.quantize(encoder)
-    assert torch.equal(quantized(x), encoder(x))
-    assert "reads its weight" in detail(quantized, "layers.0.linear1")[1]
-
-    decoder = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True).train(training)
-    quantized = tw.quantize(decoder)
-    assert type(quantized.linear1) is tw.nn.QuantizedLinear
-    assert sqnr(quantized(x, x), decoder(x, x)) > 25
-
-
 def test_a_failed_conversion_leaves_the_model(monkeypatch):
     model = Digits()
     before = copy.deepcopy(model.state_dict())
     from_float = tw.nn.QuantizedLinear.from_float
 
-    def fails_late(linear):
+    def fails_late(linear, *arguments, **options):
         if linear is model.fc2:
             raise MemoryError
-        return from_float(linear)
+        return from_float(linear, *arguments, **options)
 
     monkeypatch.setattr(tw.nn.QuantizedLinear, "from_float", fails_late)
     with pytest.raises(MemoryError):
-        tw.quantize(model)
+        quantize(model)
     assert type(model.fc1) is type(model.fc2) is nn.Linear
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -231,12 +287,12 @@ class Stubborn(nn.Module):
 
 def test_a_copy_that_drops_the_layer_is_an_error():
     with pytest.raises(RuntimeError, match="quantize: fc: its owner's __deepcopy__"):
-        tw.quantize(Stubborn())
+        quantize(Stubborn())
 
 
 def test_traced_by_fx():
     model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
-    quantized = tw.quantize(model)
+    quantized = quantize(model)
     assert type(quantized.get_submodule("0")) is tw.nn.QuantizedLinear
     x = torch.randn(3, 8)
     assert sqnr(quantized(x), model(x)) > 25
@@ -245,14 +301,16 @@ def test_traced_by_fx():
 def test_errors():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
-        tw.quantize("model")
+        quantize("model")
     with pytest.raises(TypeError, match=r"config: expected torchweld\.Int8"):
-        tw.quantize(model, "int8")
-    with pytest.raises(NotImplementedError, match=r"Int8WeightOnly.*not implemented yet"):
-        tw.quantize(model, tw.Int8WeightOnly())
-    with pytest.raises(NotImplementedError, match=r"Int4\(group_size=32\) is not implemented yet"):
-        tw.quantize(model, tw.Int4(group_size=32))
+        quantize(model, "int8")
+    for size in (0, 12, -8, 1 << 20):
+        with pytest.raises(ValueError, match=f"Int4: group_size: expected .*, got {size}"):
+            tw.Int4(group_size=size)
+    for size in (6, -4, 1 << 20):
+        with pytest.raises(ValueError, match=f"Int8: input_group_size: expected .*, got {size}"):
+            tw.Int8(input_group_size=size)
     with pytest.raises(ValueError, match=r"exclude: .*got 'head', which matches none"):
-        tw.quantize(model, exclude=["head"])
+        quantize(model, exclude=["head"])
     with pytest.raises(TypeError, match="exclude: expected name patterns"):
-        tw.quantize(model, exclude=[3])
+        quantize(model, exclude=[3])

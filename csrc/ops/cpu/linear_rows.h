@@ -1,0 +1,57 @@
+// The input of linear layers, as the kernels want it.
+#pragma once
+
+#include <optional>
+
+#include "ops/cpu/scratch.h"
+#include "ops/kernels.h"
+#include "ops/parallel.h"
+#include "ops/torch_compat.h"
+
+namespace torchweld::ops {
+
+// Rows of consecutive elements at one stride, copied only where `tensor` is not that already.
+struct Rows {
+  explicit Rows(const Tensor& source) : tensor(source), stride(source.size(source.dim() - 1)) {
+    if (tensor.is_contiguous()) return;
+    if (tensor.dim() == 2 && tensor.stride(1) == 1) {
+      stride = tensor.stride(0);
+    } else {
+      tensor = torch::stable::contiguous(tensor);
+    }
+  }
+  Tensor tensor;
+  int64_t stride;
+};
+
+// The same as float32.
+class FloatRows {
+ public:
+  FloatRows(const Tensor& source, int64_t rows, int64_t columns) : rows_(source) {
+    if (source.scalar_type() == ScalarType::Float) {
+      data_ = rows_.tensor.const_data_ptr<float>();
+      stride_ = rows_.stride;
+      return;
+    }
+    const auto widen =
+        cpu_kernels().dequantize->widen[static_cast<size_t>(*to_dtype(source.scalar_type()))];
+    const char* from = static_cast<const char*>(rows_.tensor.const_data_ptr());
+    const int64_t row_bytes = rows_.stride * static_cast<int64_t>(source.element_size());
+    float* to = copy_.emplace(rows * columns).data();
+    parallel_for(rows, (1 << 15) / (columns + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) widen(from + i * row_bytes, columns, to + i * columns);
+    });
+    data_ = to;
+    stride_ = columns;
+  }
+  const float* data() const { return data_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  Rows rows_;
+  std::optional<Scratch> copy_;
+  const float* data_;
+  int64_t stride_;
+};
+
+}  // namespace torchweld::ops

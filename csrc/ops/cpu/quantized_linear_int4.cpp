@@ -1,0 +1,170 @@
+// The int4 linear layer: rows are quantized to int8, then multiplied block by block.
+#include <algorithm>
+#include <memory>
+
+#include "ops/check.h"
+#include "ops/cpu/linear_rows.h"
+#include "ops/quantized_linear.h"
+#include "ops/quantized_linear_int4.h"
+
+namespace torchweld::ops {
+namespace {
+
+using kernels::BFloat16;
+using kernels::kPanelColumns;
+using kernels::LinearInt4Block;
+
+// Bytes of quantized rows made at a time: bounds the scratch memory of a call, and stays in the
+// last cache until they are multiplied.
+constexpr int64_t kScratchBytes = 8 << 20;
+
+// Columns of a task: a multiple of every instruction set's tile.
+constexpr int64_t kTaskColumns = 6 * kPanelColumns;
+
+// Work that hides the cost of handing it to another thread.
+constexpr int64_t kGrainElements = 1 << 15;  // quantized
+constexpr int64_t kGrainProducts = 1 << 21;  // multiplied
+
+constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+struct Weight {
+  const uint8_t* panels;
+  const BFloat16* scale;
+  const uint8_t* zero;
+};
+
+// Quantizes the rows and calls `run` once for each block of the product, blocks in parallel, with
+// the first row and column of the block; `run` finds everything but the epilogue filled in.
+template <class F>
+void for_each_block(const LinearInt4Shape& shape, const Tensor& input, const Weight& weight,
+                    float* input_scale, const F& run) {
+  const auto quantize =
+      cpu_kernels().quantized_linear->quantize[static_cast<size_t>(*to_dtype(input.scalar_type()))];
+  const auto prepare = cpu_kernels().linear_int4->prepare;
+  const Rows rows(input);
+  const char* data = static_cast<const char*>(rows.tensor.const_data_ptr());
+  const int64_t row_bytes = rows.stride * static_cast<int64_t>(input.element_size());
+
+  // A stride that is a multiple of 4096 would map all rows to the same lines of the first cache.
+  const int64_t stride = round_up(std::max(shape.in_features, shape.padded_in_features()),
+                                  kernels::kQuantizedRowAlign) +
+                         64;
+  const int64_t chunk = std::min(shape.rows, std::max<int64_t>(64, kScratchBytes / stride / 8 * 8));
+  const Scratch scratch(chunk * stride / 4);
+  const std::unique_ptr<int32_t[]> group_sum(new int32_t[chunk * shape.groups + 1]);
+  auto* quantized = reinterpret_cast<int8_t*>(scratch.data());
+
+  // The rows of a task, half a megabyte of them, stay in the second cache.
+  const int64_t task_rows = std::clamp<int64_t>((1 << 19) / stride / 8 * 8, 32, 256);
+  const int64_t column_tasks = (shape.out_features + kTaskColumns - 1) / kTaskColumns;
+  const int64_t task_products = std::max<int64_t>(
+      1, std::min(task_rows, shape.rows) * stride * std::min(kTaskColumns, shape.out_features));
+
+  for (int64_t first = 0; first < shape.rows; first += chunk) {
+    const int64_t count = std::min(chunk, shape.rows - first);
+    parallel_for(count, kGrainElements / stride + 1, [&](int64_t begin, int64_t end) {
+      quantize({.input = data + (first + begin) * row_bytes,
+                .input_stride = rows.stride,
+                .rows = end - begin,
+                .in_features = shape.in_features,
+                .quantized = quantized + begin * stride,
+                .quantized_stride = stride,
+                .scale = input_scale + first + begin,
+                .group_size = 0});
+      prepare({.quantized = quantized + begin * stride,
+               .quantized_stride = stride,
+               .rows = end - begin,
+               .in_features = shape.in_features,
+               .groups = shape.groups,
+               .group_size = shape.group_size,
+               .group_sum = group_sum.get() + begin * shape.groups});
+    });
+    const int64_t row_tasks = (count + task_rows - 1) / task_rows;
+    parallel_for(row_tasks * column_tasks, kGrainProducts / task_products + 1,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t row = task / column_tasks * task_rows;
+                     const int64_t column = task % column_tasks * kTaskColumns;
+                     LinearInt4Block block{
+                         .quantized = quantized + row * stride,
+                         .quantized_stride = stride,
+                         .group_sum = group_sum.get() + row * shape.groups,
+                         .rows = std::min(task_rows, count - row),
+                         .panels = weight.panels + column * shape.padded_in_features() / 2,
+                         .weight_scale = weight.scale + column * shape.groups,
+                         .weight_zero = weight.zero + column * shape.groups,
+                         .groups = shape.groups,
+                         .group_size = shape.group_size,
+                         .columns = std::min(kTaskColumns, shape.out_features - column),
+                         .epilogue = {}};
+                     run(block, first + row, column);
+                   }
+                 });
+  }
+}
+
+Weight to_weight(const Tensor& packed_weight, const Tensor& weight_scale,
+                 const Tensor& weight_zero) {
+  return {.panels = packed_weight.const_data_ptr<uint8_t>(),
+          .scale = static_cast<const BFloat16*>(weight_scale.const_data_ptr()),
+          .zero = weight_zero.const_data_ptr<uint8_t>()};
+}
+
+Tensor quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_scale,
+                             Tensor weight_zero, std::optional<Tensor> bias,
+                             std::optional<Tensor> residual, int64_t in_features,
+                             int64_t out_features, String activation) {
+  const char* op = "quantized_linear_int4";
+  const LinearInt4Shape shape =
+      check_quantized_linear_int4(op, "input", input, true, packed_weight, weight_scale,
+                                  weight_zero, in_features, out_features);
+
+  const NoGradGuard no_grad;
+  Tensor output = torch::stable::new_empty(input, with_last_size(input, out_features));
+  const LinearTail tail(op, output, bias, residual, activation);
+  if (output.numel() == 0) return output;
+  const auto multiply =
+      cpu_kernels().linear_int4->multiply[static_cast<size_t>(*to_dtype(input.scalar_type()))];
+  const std::unique_ptr<float[]> input_scale(new float[shape.rows]);
+  for_each_block(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
+                 input_scale.get(), [&](LinearInt4Block& block, int64_t row, int64_t column) {
+                   block.epilogue = tail.at(row, column);
+                   block.epilogue.input_scale = input_scale.get() + row;
+                   multiply(block);
+                 });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> quantized_linear_int4_accumulators(Tensor input, Tensor packed_weight,
+                                                              Tensor weight_scale,
+                                                              Tensor weight_zero,
+                                                              int64_t in_features,
+                                                              int64_t out_features) {
+  const LinearInt4Shape shape = check_quantized_linear_int4(
+      "quantized_linear_int4_accumulators", "input", input, true, packed_weight, weight_scale,
+      weight_zero, in_features, out_features);
+  const NoGradGuard no_grad;
+  IntList sizes = with_last_size(input, shape.groups);
+  const IntList scale_sizes(sizes.begin(), sizes.end() - 1);
+  sizes.push_back(out_features);
+  Tensor sums = torch::stable::new_empty(input, sizes, ScalarType::Int);
+  Tensor input_scale = torch::stable::new_empty(input, scale_sizes, ScalarType::Float);
+  int32_t* data = sums.mutable_data_ptr<int32_t>();
+  const auto accumulate = cpu_kernels().linear_int4->accumulate;
+  for_each_block(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
+                 input_scale.mutable_data_ptr<float>(),
+                 [&](const LinearInt4Block& block, int64_t row, int64_t column) {
+                   accumulate(block, data + row * shape.groups * out_features + column,
+                              out_features);
+                 });
+  return {sums, input_scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
+  m.impl("quantized_linear_int4", TORCH_BOX(&quantized_linear_int4));
+  m.impl("quantized_linear_int4_accumulators", TORCH_BOX(&quantized_linear_int4_accumulators));
+}
+
+}  // namespace torchweld::ops

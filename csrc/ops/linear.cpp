@@ -1,0 +1,80 @@
+#include "ops/linear.h"
+
+#include "ops/check.h"
+
+namespace torchweld::ops {
+namespace {
+
+kernels::LinearActivation parse_activation(const char* op, const std::string& name) {
+  using kernels::LinearActivation;
+  if (name == "identity") return LinearActivation::identity;
+  if (name == "relu") return LinearActivation::relu;
+  if (name == "gelu") return LinearActivation::gelu;
+  if (name == "gelu_tanh") return LinearActivation::gelu_tanh;
+  TORCHWELD_CHECK(name == "silu", op, "activation", "identity, relu, gelu, gelu_tanh or silu",
+                  '"' << name << '"');
+  return LinearActivation::silu;
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i)) return false;
+  }
+  return true;
+}
+
+Tensor contiguous_float(const Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::Float) return torch::stable::contiguous(tensor);
+  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+}
+
+}  // namespace
+
+LinearTail::LinearTail(const char* op, Tensor& output, std::optional<Tensor> bias,
+                       std::optional<Tensor> residual, const std::string& activation)
+    : bias_(bias), residual_(residual), first_{} {
+  const int64_t columns = output.size(output.dim() - 1);
+  first_.activation = parse_activation(op, activation);
+  first_.output = output.mutable_data_ptr();
+  first_.output_stride = columns;
+  element_ = residual_element_ = output.element_size();
+  if (bias) {
+    TORCHWELD_CHECK(to_dtype(bias->scalar_type()) && bias->dim() == 1 && bias->size(0) == columns,
+                    op, "bias", "floating point [" << columns << "]",
+                    dtype_name(bias->scalar_type()) << " " << shape_string(*bias));
+    bias_ = contiguous_float(*bias);
+    first_.bias = bias_->const_data_ptr<float>();
+  }
+  if (residual) {
+    TORCHWELD_CHECK(to_dtype(residual->scalar_type()) && same_shape(*residual, output), op,
+                    "residual", "floating point " << shape_string(output),
+                    dtype_name(residual->scalar_type()) << " " << shape_string(*residual));
+    first_.residual_is_float = residual->scalar_type() != output.scalar_type();
+    residual_ = first_.residual_is_float ? contiguous_float(*residual)
+                                         : torch::stable::contiguous(*residual);
+    residual_element_ = residual_->element_size();
+    first_.residual = residual_->const_data_ptr();
+    first_.residual_stride = columns;
+  }
+}
+
+kernels::LinearEpilogue LinearTail::at(int64_t row, int64_t column) const {
+  kernels::LinearEpilogue result = first_;
+  const int64_t offset = row * first_.output_stride + column;
+  result.output = static_cast<char*>(first_.output) + offset * element_;
+  if (first_.bias) result.bias = first_.bias + column;
+  if (first_.residual) {
+    result.residual = static_cast<const char*>(first_.residual) + offset * residual_element_;
+  }
+  return result;
+}
+
+IntList with_last_size(const Tensor& tensor, int64_t size) {
+  IntList sizes;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  sizes.push_back(size);
+  return sizes;
+}
+
+}  // namespace torchweld::ops

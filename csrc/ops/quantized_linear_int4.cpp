@@ -1,0 +1,86 @@
+#include "ops/quantized_linear_int4.h"
+
+#include <algorithm>
+
+#include "ops/check.h"
+
+namespace torchweld::ops {
+namespace {
+
+using kernels::kOctet;
+using kernels::kPanelColumns;
+
+bool has_shape(const Tensor& tensor, const IntList& sizes) {
+  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (tensor.size(static_cast<int64_t>(i)) != sizes[i]) return false;
+  }
+  return true;
+}
+
+std::string describe(const Tensor& tensor) {
+  return std::string(dtype_name(tensor.scalar_type())) + " " + shape_string(tensor);
+}
+
+}  // namespace
+
+LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument,
+                                            const Tensor& matrix, bool columns_are_in_features,
+                                            const Tensor& packed_weight, const Tensor& weight_scale,
+                                            const Tensor& weight_zero, int64_t in_features,
+                                            int64_t out_features) {
+  const auto dtype = to_dtype(matrix.scalar_type());
+  TORCHWELD_CHECK(dtype && *dtype != kernels::DType::float64, op, argument,
+                  "float32, bfloat16 or float16", dtype_name(matrix.scalar_type()));
+  TORCHWELD_CHECK(in_features >= 0, op, "in_features", "0 or more", in_features);
+  TORCHWELD_CHECK(out_features >= 0, op, "out_features", "0 or more", out_features);
+
+  LinearInt4Shape shape{.rows = 1,
+                        .in_features = in_features,
+                        .out_features = out_features,
+                        .panels = (out_features + kPanelColumns - 1) / kPanelColumns,
+                        .groups = 0,
+                        .group_size = 0};
+  TORCHWELD_CHECK(weight_scale.scalar_type() == ScalarType::BFloat16 && weight_scale.dim() == 3 &&
+                      weight_scale.size(0) == shape.panels &&
+                      weight_scale.size(2) == kPanelColumns && weight_scale.is_contiguous(),
+                  op, "weight_scale",
+                  "contiguous bfloat16 [" << shape.panels << ", groups, 16] for " << out_features
+                                          << " output features",
+                  describe(weight_scale));
+  shape.groups = weight_scale.size(1);
+  TORCHWELD_CHECK(weight_zero.scalar_type() == ScalarType::Byte &&
+                      has_shape(weight_zero, {shape.panels, shape.groups, kPanelColumns}) &&
+                      weight_zero.is_contiguous(),
+                  op, "weight_zero",
+                  "contiguous uint8 [" << shape.panels << ", " << shape.groups << ", 16]",
+                  describe(weight_zero));
+
+  const bool is_packed = packed_weight.scalar_type() == ScalarType::Byte &&
+                         packed_weight.dim() == 4 && packed_weight.is_contiguous() &&
+                         has_shape(packed_weight, {shape.panels, packed_weight.size(1),
+                                                   kPanelColumns, kernels::kQuad});
+  const int64_t octets = is_packed ? packed_weight.size(1) : 0;
+  if (shape.groups > 0) shape.group_size = octets / shape.groups * kOctet;
+  // Padding to whole groups, and no group of padding alone.
+  const int64_t padding = shape.padded_in_features() - in_features;
+  const bool fits = octets * kOctet == shape.padded_in_features() && padding >= 0 &&
+                    padding <= std::max<int64_t>(shape.group_size - 1, 0);
+  TORCHWELD_CHECK(is_packed && fits, op, "packed_weight",
+                  "contiguous uint8 [" << shape.panels << ", " << shape.groups
+                                       << " * group_size / 8, 16, 4] for " << out_features << " x "
+                                       << in_features << " in " << shape.groups << " groups",
+                  describe(packed_weight));
+  TORCHWELD_CHECK(
+      shape.group_size <= kernels::kMaxInt4Group, op, "packed_weight",
+      "groups of at most " << kernels::kMaxInt4Group << ", so that int32 sums cannot overflow",
+      shape.group_size);
+
+  const int64_t columns = columns_are_in_features ? in_features : out_features;
+  TORCHWELD_CHECK(matrix.dim() >= 1 && matrix.size(matrix.dim() - 1) == columns, op, argument,
+                  "[..., " << columns << "]", shape_string(matrix));
+  for (int64_t i = 0; i + 1 < matrix.dim(); ++i) shape.rows *= matrix.size(i);
+  return shape;
+}
+
+}  // namespace torchweld::ops

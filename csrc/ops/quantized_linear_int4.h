@@ -1,0 +1,30 @@
+// What every back end of the int4 linear ops checks and derives before it touches memory.
+#pragma once
+
+#include "kernels/linear_int4.h"
+#include "ops/torch_compat.h"
+
+namespace torchweld::ops {
+
+// Sizes of one product: [rows, in_features] x [in_features, out_features].
+struct LinearInt4Shape {
+  int64_t rows;
+  int64_t in_features;
+  int64_t out_features;
+  int64_t panels;  // ceil(out_features / 16)
+  int64_t groups;  // ceil(in_features / group_size)
+  int64_t group_size;
+
+  int64_t padded_in_features() const { return groups * group_size; }
+};
+
+// Throws unless the packed weight, its scales and zeros fit each other and the sizes, and `matrix`,
+// the argument of that name, is float32, bfloat16 or float16 [..., columns] with the number of
+// columns given.
+LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument,
+                                            const Tensor& matrix, bool columns_are_in_features,
+                                            const Tensor& packed_weight, const Tensor& weight_scale,
+                                            const Tensor& weight_zero, int64_t in_features,
+                                            int64_t out_features);
+
+}  // namespace torchweld::ops
