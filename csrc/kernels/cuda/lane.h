@@ -10,6 +10,7 @@
 #include "kernels/dtype.h"
 
 #define TORCHWELD_ISA cuda
+
 #define TORCHWELD_INLINE __device__ __forceinline__
 
 namespace torchweld::kernels::cuda {
