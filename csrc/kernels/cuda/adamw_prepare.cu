@@ -6,15 +6,25 @@ namespace torchweld::kernels::cuda {
 namespace {
 
 // --- tables --------------------------------------------------------------------------------------
-constexpr int kWords = 448;  // 3.5 KiB of the 4 KiB that every driver takes as parameters
+// As many as fit into the parameters of a launch: 4 KiB of every one, 32 KiB since CUDA 12.1.
+template <int kWords>
 struct Words {
   uint64_t words[kWords];
 };
+constexpr int kFew = 480, kMany = 4032;
 
-__global__ void write_words(Words from, uint64_t* to, int count) {
+template <int kWords>
+__global__ void write_words(Words<kWords> from, uint64_t* to, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     to[i] = from.words[i];
   }
+}
+
+template <int kWords>
+cudaError_t write_part(uint64_t* to, const char* from, int64_t count, cudaStream_t stream) {
+  Words<kWords> words;
+  memcpy(&words, from, static_cast<size_t>(count) * 8);
+  return launch(write_words<kWords>, 1, 256, stream, words, to, static_cast<int>(count));
 }
 
 // One block a tensor.
@@ -195,15 +205,12 @@ int64_t adamw_chunk_size(int64_t elements, int multiprocessors) {
 }
 
 cudaError_t launch_write(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
-  for (int64_t at = 0; at < bytes; at += static_cast<int64_t>(sizeof(Words))) {
-    const int64_t left = bytes - at, part = left < static_cast<int64_t>(sizeof(Words))
-                                                ? left
-                                                : static_cast<int64_t>(sizeof(Words));
-    Words words;
-    memcpy(&words, static_cast<const char*>(from) + at, static_cast<size_t>(part));
-    auto* const place = reinterpret_cast<uint64_t*>(static_cast<char*>(to) + at);
+  auto* words = static_cast<uint64_t*>(to);
+  const auto* data = static_cast<const char*>(from);
+  for (int64_t left = bytes / 8; left > 0; left -= kMany, words += kMany, data += 8 * kMany) {
     const cudaError_t error =
-        launch(write_words, 1, 128, stream, words, place, static_cast<int>(part / 8));
+        left <= kFew ? write_part<kFew>(words, data, left, stream)
+                     : write_part<kMany>(words, data, left < kMany ? left : kMany, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
