@@ -5,10 +5,10 @@ RECORD := build/benchmarks/$(shell date +%Y-%m-%dT%H-%M)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test bench app lint format clean
+.PHONY: help setup demo test cuda-check bench app lint format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/installed  ## virtual environment, torch and torchweld (editable) in .venv
 
@@ -20,6 +20,9 @@ test: setup app  ## all tests: pytest, then ctest of the kernels under sanitizer
 	cmake --preset asan
 	cmake --build --preset asan
 	ctest --preset asan
+
+cuda-check: setup  ## compile and link the CUDA half; no GPU needed
+	.ci/cuda
 
 bench: setup  ## compare with stock PyTorch and other engines, about an hour; figures too
 	pip install --quiet --group peers
@@ -34,7 +37,7 @@ lint: setup  ## ruff, clang-format, mypy, via pre-commit
 	pre-commit run --all-files --show-diff-on-failure
 
 format: setup  ## rewrite the sources as lint wants them
-	ruff check --fix . ; ruff format . ; git ls-files '*.cpp' '*.h' | xargs clang-format -i
+	ruff check --fix . ; ruff format . ; git ls-files '*.cpp' '*.cu' '*.h' | xargs clang-format -i
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist

@@ -28,21 +28,40 @@ def run_path(library: Path) -> str:
     return path
 
 
-def test_operator_library_is_free_of_python():
-    libraries = needed(_library.ops_library)
+LIBRARIES = [
+    "ops",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not _C.cuda_architectures, reason="built without CUDA"),
+    ),
+]
+
+
+def library(name: str) -> Path:
+    return _library.ops_library.with_name(f"libtorchweld_{name}.so")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_operator_libraries_need_no_python_and_no_cuda_toolkit(name):
+    libraries = needed(library(name))
     assert "libtorch_cpu.so" in libraries
-    assert not [name for name in libraries if "python" in name]
+    assert not [name for name in libraries if re.search("python|torch_cuda|cudart", name)]
 
 
-def test_run_paths_are_relative():
-    assert run_path(_library.ops_library) == "$ORIGIN:$ORIGIN/../../torch/lib"
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_run_paths_of_operator_libraries_are_relative(name):
+    assert run_path(library(name)) == "$ORIGIN:$ORIGIN/../../torch/lib"
+
+
+def test_run_path_of_the_module_is_relative():
     assert run_path(Path(_C.__file__)) == "$ORIGIN/lib:$ORIGIN/../torch/lib"
 
 
-def test_operator_library_uses_the_stable_abi_alone():
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_operator_libraries_use_the_stable_abi_alone(name):
     # A C++ symbol of torch would tie the binary to one release; the stable ABI is C functions.
     symbols = subprocess.run(
-        ["nm", "-DC", "--undefined-only", str(_library.ops_library)],
+        ["nm", "-DC", "--undefined-only", str(library(name))],
         capture_output=True,
         text=True,
         check=True,
@@ -61,7 +80,7 @@ def test_only_instruction_set_objects_carry_machine_flags():
 
 
 def includes(folder: str) -> dict[str, set[str]]:
-    files = [p for p in (ROOT / "csrc" / folder).rglob("*") if p.suffix in {".h", ".cpp"}]
+    files = [p for p in (ROOT / "csrc" / folder).rglob("*") if p.suffix in {".h", ".cpp", ".cu"}]
     assert files
     return {
         path.relative_to(ROOT).as_posix(): set(
@@ -106,6 +125,13 @@ def test_kernel_sources_use_no_standard_library():
         c_headers = {h for h in headers if h.endswith(".h")}
         assert headers == c_headers, path
         assert "std::" not in re.sub(r"//.*", "", (ROOT / path).read_text()), path
+
+
+def test_cuda_library_is_where_the_build_says():
+    assert _library.cuda_library.exists() == bool(_C.cuda_architectures)
+    loaded = torch._C._dispatch_has_kernel_for_dispatch_key("torchweld::grad_norm", "CUDA")
+    assert loaded == (_library.cuda_status == "loaded")
+    assert loaded == (bool(_C.cuda_architectures) and torch.version.cuda is not None)
 
 
 def test_versions_agree():

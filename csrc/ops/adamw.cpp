@@ -63,7 +63,8 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 
 void check_like_param(const char* op, const char* argument, const Tensor& tensor,
                       const Tensor& param, ScalarType dtype, size_t k, bool written) {
-  TORCHWELD_CHECK(tensor.is_cpu(), op, argument, "tensors on the CPU", "one elsewhere at " << k);
+  TORCHWELD_CHECK(tensor.device() == param.device(), op, argument,
+                  "tensors on the device of params[" << k << "]", "one elsewhere");
   TORCHWELD_CHECK(tensor.scalar_type() == dtype, op, argument,
                   dtype_name(dtype)
                       << " beside params[" << k << "] of " << dtype_name(param.scalar_type()),

@@ -34,6 +34,8 @@ const char* available_cpu_capabilities() {
   return names.c_str();
 }
 
+const char* cuda_architectures() { return TORCHWELD_CUDA_ARCHITECTURES; }
+
 void ensure_registered() {}
 
 const kernels::KernelTable& ops::cpu_kernels() {

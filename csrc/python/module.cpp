@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "torchweld: build information, CPU capability and switches";
   m.attr("__version__") = torchweld::version();
   m.attr("torch_abi_target") = torchweld::torch_abi_target();
+  m.attr("cuda_architectures") = torchweld::cuda_architectures();
   m.def("cpu_capability", &torchweld::cpu_capability,
         "Instruction set the kernels run with; raises RuntimeError if the forced one is unusable.");
   m.def("available_cpu_capabilities", &torchweld::available_cpu_capabilities,

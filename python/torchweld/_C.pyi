@@ -1,5 +1,6 @@
 __version__: str
 torch_abi_target: str
+cuda_architectures: str
 
 def cpu_capability() -> str: ...
 def available_cpu_capabilities() -> str: ...

@@ -28,7 +28,8 @@ def info() -> dict[str, str]:
         "cpu capability": _C.cpu_capability(),
         "cpu capabilities available": _C.available_cpu_capabilities().replace(",", ", "),
         "threads": str(torch.get_num_threads()),
-        "cuda architectures": "none (this build is for the CPU)",
+        "cuda architectures": _C.cuda_architectures or "none (built without nvcc or CUDA in torch)",
+        "cuda library": _library.cuda_status,
         "operator library": str(_library.ops_library),
         "cmake prefix path": _library.cmake_prefix_path,
     }

@@ -21,6 +21,10 @@ TORCHWELD_API const char* cpu_capability();
 // Comma-separated instruction sets this build holds and this machine can run, best first.
 TORCHWELD_API const char* available_cpu_capabilities();
 
+// Comma-separated GPU architectures libtorchweld_cuda.so holds code for (sm_80), or the instructions
+// a driver can compile for later ones (compute_90); empty if this build has no such library.
+TORCHWELD_API const char* cuda_architectures();
+
 // Registers the operators under torch.ops.torchweld. Loading the library does it; calling this
 // keeps a linker from dropping a library of which the program names no other symbol.
 TORCHWELD_API void ensure_registered();

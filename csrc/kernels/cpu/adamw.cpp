@@ -1,55 +1,14 @@
 // The AdamW step. Formula and rounding follow torch's fused CPU step bit for bit, so that a run may
 // change from one to the other at any step (aten/src/ATen/native/cpu/FusedAdamKernel.cpp). Where
-// torch leaves contraction to its compiler, fma is written out here, so that every instruction set
-// gives the same bits.
-#include "kernels/adamw.h"
-
+// torch leaves contraction to its compiler, fma is written out in kernels/adamw_math.h, so that
+// every instruction set gives the same bits.
+#include "kernels/adamw_math.h"
 #include "kernels/cpu/adamw_low_bit.h"
 #include "kernels/cpu/adamw_sums.h"
 #include "kernels/cpu/vec.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 namespace {
-
-template <class T>
-struct Step {
-  using Vec = typename Math<T>::Vec;
-  using Scalar = typename Math<T>::Scalar;
-
-  explicit Step(const AdamWScalars& s)
-      : decay(broadcast<Vec>((Scalar)s.decay)),
-        grad_scale(broadcast<Vec>((Scalar)s.grad_scale)),
-        beta2(broadcast<Vec>((Scalar)s.beta2)),
-        c2(broadcast<Vec>((Scalar)(1.0 - s.beta2))),
-        step_size(broadcast<Vec>((Scalar)-s.step_size)),
-        bias_root(broadcast<Vec>((Scalar)s.bias_root)),
-        eps(broadcast<Vec>((Scalar)s.eps)) {
-    // lerp(m, g, c1) from the nearer end, so that c1 = 1 gives g exactly.
-    const Scalar c1 = (Scalar)(1.0 - s.beta1);
-    from_m = c1 < (Scalar)0.5;
-    lerp_weight = broadcast<Vec>(from_m ? c1 : c1 - 1);
-  }
-
-  Vec decay, grad_scale, beta2, c2, step_size, bias_root, eps, lerp_weight;
-  bool from_m;
-
-  // v_max is null unless amsgrad. `tail`: torch's loop over what fills no register of its own was
-  // contracted the other way round; the two differ by at most one ulp of v.
-  void update(Vec& p, Vec g, Vec& m, Vec& v, Vec* v_max, bool tail) const {
-    g = g * grad_scale;
-    p = p * decay;
-    m = fma(lerp_weight, g - m, from_m ? m : g);
-    v = tail ? fma(v, beta2, c2 * g * g) : fma(c2 * g, g, v * beta2);
-    Vec second = v;
-    if (v_max != nullptr) {
-      // NaN wins, as in torch.maximum.
-      *v_max = ((*v_max > v) | (*v_max != *v_max)) ? *v_max : v;
-      second = *v_max;
-    }
-    const Vec denominator = sqrt(second) / bias_root + eps;
-    p = p + (step_size * m) / denominator;
-  }
-};
 
 template <class T, bool kAmsgrad>
 struct Span {
@@ -94,8 +53,7 @@ struct Span {
   }
 
   void update(int64_t size, const Step<T>& step) const {
-    constexpr int kTorchLanes = 32 / (int)sizeof(T);  // torch's fused step is AVX2 code
-    const int64_t tail = size - size % kTorchLanes;
+    const int64_t tail = size - size % kTorchLanes<T>;
     int64_t i = 0;
     for (; i + kLanes <= tail; i += kLanes) update_at(i, step, false);
     update_partial(i, tail, step, false);

@@ -75,9 +75,8 @@ struct Span {
       }
       VecF second = vv;
       if constexpr (kAmsgrad) {
-        // Nearest: a maximum does not build up, so neither does its rounding error. NaN wins.
-        const VecF old = (VecF)xs[j];
-        second = ((old > vv) | (old != old)) ? old : vv;
+        // Nearest: a maximum does not build up, so neither does its rounding error.
+        second = larger((VecF)xs[j], vv);
         xs[j] = round_nearest(second);
       }
       if constexpr (kEvenOdd) {

@@ -1,6 +1,4 @@
 // The AdamW step with int8 moments, in one pass, and their conversion from and to float.
-#include <float.h>
-
 #include "kernels/cpu/adamw_codec.h"
 #include "kernels/cpu/adamw_low_bit.h"
 
@@ -41,9 +39,6 @@ float peak_of(const T* x) {
   return peak.value();
 }
 
-// NaN stays.
-float at_least(float x, float least) { return x < least ? least : x; }
-
 template <class T, AdamWRounding kRounding>
 struct Block {
   Weights<T, kRounding> weights;
@@ -57,41 +52,28 @@ struct Block {
 template <class T, AdamWRounding kRounding>
 class Stepper {
  public:
-  explicit Stepper(const AdamWScalars& s)
-      : step_(s),
-        beta1_((float)s.beta1),
-        beta2_((float)s.beta2),
-        c1_((float)(1.0 - s.beta1)),
-        c2_((float)(1.0 - s.beta2)),
-        grad_scale_((float)s.grad_scale) {}
+  explicit Stepper(const AdamWScalars& s) : step_(s), scales_(s) {}
 
   // `peak` of this block's gradients. Returns that of `next`, read along so that the next block
   // need not wait for it.
   float update(const Block<T, kRounding>& b, float peak, const T* next, Random& random) const {
-    const float m_old = *b.m_scale, v_old = *b.v_scale;
-    const float largest = peak * __builtin_fabsf(grad_scale_);
-    const float m_new = at_least(beta1_ * m_old + c1_ * largest, ExpAvgCodec::kLeastScale);
-    // A square that overflows stays the business of its own element.
-    float v_new = at_least(beta2_ * v_old + c2_ * largest * largest, ExpAvgSqCodec::kLeastScale);
-    if (v_new > FLT_MAX) v_new = FLT_MAX;
-    *b.m_scale = m_new;
-    *b.v_scale = v_new;
-    const VecF m_decode = broadcast<VecF>(m_old * (beta1_ / ExpAvgCodec::kRange));
-    const VecF v_decode = broadcast<VecF>(v_old * (beta2_ / ExpAvgSqCodec::kRange));
-    const VecF m_encode = broadcast<VecF>(ExpAvgCodec::kRange / m_new);
-    const VecF v_encode = broadcast<VecF>(ExpAvgSqCodec::kRange / v_new);
-    // v = 0 beside m != 0 would make the next update explode; a block of zeros stays one.
-    const bool live = m_new > ExpAvgCodec::kLeastScale;
-    const VecF v_least = broadcast<VecF>(live ? kCodeOne : kCodeZero);
+    const BlockScales scales = scales_.update(*b.m_scale, *b.v_scale, peak);
+    *b.m_scale = scales.m;
+    *b.v_scale = scales.v;
+    const VecF m_decode = broadcast<VecF>(scales.m_decode);
+    const VecF v_decode = broadcast<VecF>(scales.v_decode);
+    const VecF m_encode = broadcast<VecF>(scales.m_encode);
+    const VecF v_encode = broadcast<VecF>(scales.v_encode);
+    const VecF v_least = broadcast<VecF>(scales.v_least);
     Peak next_peak;
     for (int64_t i = 0; i < kBlock; i += kLanesF) {
       const Random::Bits bits = random.next();
-      VecF m = ExpAvgCodec::decode(b.m + i, m_decode);
-      VecF v = ExpAvgSqCodec::decode(b.v + i, v_decode);
+      VecF m = decode_codes(ExpAvgCodec{}, b.m + i, m_decode);
+      VecF v = decode_codes(ExpAvgSqCodec{}, b.v + i, v_decode);
       step_.moments(load(b.g + i), m, v);
       b.weights.store_at(i, step_.weight(b.weights.load_at(i), m, v), bits);
-      ExpAvgCodec::encode(b.m + i, m, m_encode, bits.low20());
-      ExpAvgSqCodec::encode(b.v + i, v, v_encode, bits.high20(), v_least);
+      store_codes(b.m + i, ExpAvgCodec::encode(m, m_encode, bits.low20()));
+      store_codes(b.v + i, ExpAvgSqCodec::encode(v, v_encode, bits.high20(), v_least));
       next_peak.add(load(next + i));
     }
     return next_peak.value();
@@ -117,7 +99,7 @@ class Stepper {
 
  private:
   LowBitStep step_;
-  float beta1_, beta2_, c1_, c2_, grad_scale_;
+  ScaleStep scales_;
 };
 
 // Calls `convert(values, codes, scale)` for every block, the last one through padded copies.
@@ -144,7 +126,7 @@ void decode(const uint8_t* codes, const float* scales, int64_t size, float* valu
     const int64_t count = size - i < kLanesF ? size - i : kLanesF;
     uint8_t copy[kLanesF] = {};
     memcpy(copy, codes + i, (size_t)count);
-    store_partial(values + i, Codec::decode(copy, unit), count);
+    store_partial(values + i, decode_codes(Codec{}, copy, unit), count);
   }
 }
 
@@ -192,7 +174,7 @@ void encode_exp_avg(const float* values, int64_t size, uint8_t* codes, float* sc
     const VecF inverse = broadcast<VecF>(Codec::kRange / at_least(*scale, Codec::kLeastScale));
     const VecU32 nearest = broadcast<VecU32>(kRoundNearest);
     for (int64_t i = 0; i < kBlock; i += kLanesF) {
-      Codec::encode(code + i, load(x + i), inverse, nearest);
+      store_codes(code + i, Codec::encode(load(x + i), inverse, nearest));
     }
   });
 }
@@ -206,7 +188,7 @@ void encode_exp_avg_sq(const float* values, int64_t size, uint8_t* codes, float*
     for (int64_t i = 0; i < kBlock; i += kLanesF) {
       const VecF v = load(x + i);
       const VecF least = v != 0 ? broadcast<VecF>(kCodeOne) : broadcast<VecF>(kCodeZero);
-      Codec::encode(code + i, v, inverse, nearest, least);
+      store_codes(code + i, Codec::encode(v, inverse, nearest, least));
     }
   });
 }

@@ -14,6 +14,9 @@
 #include <immintrin.h>
 #endif
 
+// Of functions that kernels/cuda compiles too.
+#define TORCHWELD_INLINE inline
+
 namespace torchweld::kernels::TORCHWELD_ISA {
 
 #if defined(__AVX512F__)
@@ -56,6 +59,9 @@ template <class V, class S>
 inline V broadcast(S s) {
   return s - V{};  // and not V{} + s, which would lose the sign of -0
 }
+
+inline VecU32 bits_of(VecF x) { return (VecU32)x; }
+inline VecF float_of(VecU32 bits) { return (VecF)bits; }
 
 // --- fused multiply-add and square root ----------------------------------------------------------
 #if defined(__AVX512F__)

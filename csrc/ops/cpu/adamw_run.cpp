@@ -7,7 +7,7 @@
 #include <numeric>
 
 #include "ops/check.h"
-#include "ops/cpu/adamw_aligned.h"
+#include "ops/adamw_aligned.h"
 #include "ops/cpu/adamw_pieces.h"
 #include "ops/kernels.h"
 

@@ -36,6 +36,8 @@ def adamw_step_(
             \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \text{eps}}
 
     With ``amsgrad`` the last line takes the largest :math:`v` so far in place of :math:`v`.
+    All tensors are on one device: the CPU, or a GPU where :func:`torchweld.info` says that the CUDA
+    library is loaded.
 
     Args:
         params: tensors of float32, float64, bfloat16, float16, complex64 or complex128, of any
@@ -58,15 +60,19 @@ def adamw_step_(
         grad_scale: factor on every gradient: a float64 tensor of one element.
 
     Raises:
-        RuntimeError: the lists differ in length; a tensor differs from its parameter in shape or
-            dtype; a dtype is not one of the above; a tensor that is written overlaps itself.
-            Nothing has been written then.
+        RuntimeError: the lists differ in length; a tensor differs from its parameter in shape,
+            dtype or device; a dtype is not one of the above; a tensor that is written overlaps
+            itself. Nothing has been written then.
 
     Note:
         16-bit tensors are computed in float32 and each result is rounded once, when it is stored.
         The results are the same bits for any number of threads and on every instruction set; on
         x86 they are those of ``torch.optim.AdamW(fused=True)``. A tensor whose strides differ
-        from its parameter's, or a parameter with gaps, costs a copy.
+        from its parameter's, or a parameter with gaps, costs a copy. On a GPU they are those of
+        the CPU too, unless a value is NaN or the device's ``pow`` differs from that of the C
+        library by enough to round a bias correction to another float32. There the step waits for
+        nothing, reads ``state_steps`` and ``grad_scale`` on the device, and may be captured in a
+        CUDA graph.
 
     Reference:
         I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019,
@@ -113,14 +119,14 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
             shapes and strides and not necessarily of one dtype. May be empty.
 
     Returns:
-        A float64 tensor of no dimensions.
+        A float64 tensor of no dimensions, on the device of ``grads``.
 
     Raises:
-        RuntimeError: a dtype is not one of the above.
+        RuntimeError: a dtype is not one of the above; the tensors are on several devices.
 
     Note:
         Accumulated in float64 whatever the dtype, in an order fixed by the sizes alone: the same
-        bits for any number of threads and on every instruction set. There is no gradient.
+        bits for any number of threads, on every instruction set and on a GPU. There is no gradient.
 
     Example:
         >>> import torch, torchweld as tw

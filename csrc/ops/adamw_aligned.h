@@ -36,12 +36,13 @@ class Aligned {
 
   // An uninitialized tensor that lies as `layout` does, of the dtype of `tensor`.
   static Tensor empty_like(const Tensor& layout, const Tensor& tensor) {
-    int32_t dtype;
+    int32_t dtype, device_type;
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dim(), layout.sizes().data(),
-                                                    layout.strides().data(), dtype,
-                                                    aoti_torch_device_type_cpu(), 0, &handle));
+                                                    layout.strides().data(), dtype, device_type,
+                                                    tensor.get_device_index(), &handle));
     return Tensor(handle);
   }
 

@@ -1,0 +1,28 @@
+# Sets TORCHWELD_HAS_CUDA, and with it TORCHWELD_CUDA_ARCHITECTURES: what libtorchweld_cuda.so holds,
+# in words.
+#
+# AUTO asks for two things: a compiler, and a torch that can load the library. A developer's machine
+# with a CUDA toolkit beside torch's CPU wheel need not compile what cannot run.
+set(TORCHWELD_HAS_CUDA ${TORCHWELD_CUDA})
+if(TORCHWELD_CUDA STREQUAL "AUTO")
+  set(TORCHWELD_HAS_CUDA OFF)
+  if(EXISTS ${TORCHWELD_TORCH_ROOT}/lib/libtorch_cuda.so)
+    include(CheckLanguage)
+    check_language(CUDA)
+    if(CMAKE_CUDA_COMPILER)
+      set(TORCHWELD_HAS_CUDA ON)
+    endif()
+  endif()
+endif()
+if(NOT TORCHWELD_HAS_CUDA)
+  return()
+endif()
+
+# Ampere and Hopper, and for what comes after them the instructions that stay (not those of 90a).
+set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
+set(TORCHWELD_CUDA_ARCHITECTURES "sm_80, sm_90a, compute_90")
+# torch's own copy of the CUDA runtime may be older or newer than the compiler: ours is in the library.
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+enable_language(CUDA)

@@ -1,0 +1,51 @@
+// What the step kernels share: which elements of which tensor a block works on.
+#pragma once
+
+#include "kernels/adamw_math.h"
+#include "kernels/cuda/adamw.h"
+#include "kernels/cuda/launch.h"
+
+namespace torchweld::kernels::cuda {
+
+inline constexpr int kStepThreads = 256;
+
+// The elements [begin, end) of a tensor; none if it has no gradient or the step is skipped.
+struct StepWork {
+  TORCHWELD_INLINE explicit StepWork(const AdamWStepParams& params) {
+    const Chunk chunk = params.chunks[blockIdx.x];
+    tensor = &params.tensors[chunk.tensor];
+    scalars = &params.scalars[chunk.tensor];
+    grad = params.grads[chunk.tensor].data;
+    begin = chunk.number * params.chunk_size;
+    end = begin + params.chunk_size;
+    if (end > tensor->span.size) end = tensor->span.size;
+    if (grad == nullptr || *params.skipped != 0) end = begin;
+  }
+
+  // Of the elements from `i` on, how many of kCount there are.
+  template <int kCount>
+  TORCHWELD_INLINE int count(int64_t i) const {
+    return end - i < kCount ? static_cast<int>(end - i) : kCount;
+  }
+
+  const AdamWTensor* tensor;
+  const AdamWScalars* scalars;
+  const void* grad;
+  int64_t begin, end;
+};
+
+// The random bits of an element, which are those of its CPU step.
+TORCHWELD_INLINE RandomBits random_at(int64_t index, uint64_t key) {
+  return RandomBits::of(
+      static_cast<uint32_t>(index) * RandomBits::kWeyl + static_cast<uint32_t>(key),
+      static_cast<uint32_t>(key >> 32));
+}
+
+// The launchers of one kind of states each.
+cudaError_t launch_like_param(const AdamWKind& kind, const AdamWStepParams& params,
+                              cudaStream_t stream);
+cudaError_t launch_bfloat16(const AdamWKind& kind, const AdamWStepParams& params,
+                            cudaStream_t stream);
+cudaError_t launch_int8(const AdamWKind& kind, const AdamWStepParams& params, cudaStream_t stream);
+
+}  // namespace torchweld::kernels::cuda

@@ -1,0 +1,72 @@
+#include "ops/cuda/context.h"
+
+#include <dlfcn.h>
+
+#include <sstream>
+#include <stdexcept>
+
+namespace torchweld::ops {
+namespace {
+
+std::string version_string(int version) {  // 13020: 13.2
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// Empty, or why the driver cannot run this build. A driver runs all releases of CUDA with its own
+// major number and the older ones.
+std::string driver_problem() {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (driver / 1000 >= runtime / 1000) return {};
+  std::ostringstream out;
+  out << "this build needs a driver for CUDA " << runtime / 1000 << ", ";
+  if (driver == 0) {
+    out << "and there is none";
+  } else {
+    out << "got one for CUDA " << version_string(driver);
+  }
+  out << ". Update the driver, or build torchweld with an older CUDA; operators on the CPU work";
+  return out.str();
+}
+
+// Of libtorch_cuda.so, which is loaded where there are tensors on CUDA. Linking to it would need
+// torch's CUDA wheel to build with.
+cudaStream_t current_stream(int device) {
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(symbol);
+  }();
+  if (get == nullptr) throw std::runtime_error("torchweld: torch's CUDA library is not loaded");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace
+
+CudaContext::CudaContext(const char* op, const Tensor& tensor)
+    : op_(op), guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
+  static const std::string problem = driver_problem();
+  if (!problem.empty()) {
+    throw std::runtime_error("torchweld::" + std::string(op) + ": " + problem);
+  }
+  stream_ = current_stream(device_);
+}
+
+int CudaContext::multiprocessors() const {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+  return count;
+}
+
+void CudaContext::check(cudaError_t error) const {
+  if (error == cudaSuccess) return;
+  std::ostringstream out;
+  out << "torchweld::" << op_ << ": CUDA: " << cudaGetErrorString(error) << " ("
+      << cudaGetErrorName(error) << ", device " << device_ << ")";
+  throw std::runtime_error(out.str());
+}
+
+}  // namespace torchweld::ops
