@@ -19,7 +19,7 @@ struct LinearProduct {
 };
 
 // Products that hide the cost of handing them to another thread.
-inline constexpr int64_t kGrainProducts = 1 << 22;
+inline constexpr int64_t kGrainProducts = 1 << 23;
 
 // f(block) for blocks that cover the product, in parallel. Where they begin depends on shapes
 // alone, but for few rows their columns do not: then the sums of columns must not depend on the
@@ -27,8 +27,8 @@ inline constexpr int64_t kGrainProducts = 1 << 22;
 template <class F>
 void for_each_block(const LinearProduct& product, const F& f) {
   constexpr int64_t kFewRows = 8, kFewColumns = 64;
-  // A multiple of every tile's columns.
-  constexpr int64_t kColumns = 192;
+  // A multiple of most tiles' columns; half of it still is one tile of the widest.
+  constexpr int64_t kColumns = 96;
   // Tasks enough for any share of the work to be about as long as another.
   constexpr int64_t kTasks = 16;
   // The rows of a task, half a megabyte of them, stay in the second cache.
@@ -47,18 +47,20 @@ void for_each_block(const LinearProduct& product, const F& f) {
                  });
     return;
   }
-  const int64_t column_tasks = (columns + kColumns - 1) / kColumns;
+  const int64_t task_columns =
+      rows * columns < kTasks * kColumns * kColumns ? kColumns / 2 : kColumns;
+  const int64_t column_tasks = (columns + task_columns - 1) / task_columns;
   int64_t row_tasks = (rows * row_bytes + kRowBytes - 1) / kRowBytes;
   while (row_tasks * column_tasks < kTasks && rows > 24 * row_tasks) row_tasks *= 2;
   const int64_t task_rows = std::max<int64_t>(((rows + row_tasks - 1) / row_tasks + 7) / 8 * 8, 16);
   row_tasks = (rows + task_rows - 1) / task_rows;
-  parallel_for(row_tasks * column_tasks, grain(task_rows, std::min(kColumns, columns)),
+  parallel_for(row_tasks * column_tasks, grain(task_rows, std::min(task_columns, columns)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t task = begin; task < end; ++task) {
                    const int64_t row = task / column_tasks * task_rows;
-                   const int64_t column = task % column_tasks * kColumns;
+                   const int64_t column = task % column_tasks * task_columns;
                    f(LinearBlock{row, std::min(task_rows, rows - row), column,
-                                 std::min(kColumns, columns - column)});
+                                 std::min(task_columns, columns - column)});
                  }
                });
 }
