@@ -197,4 +197,4 @@ def _int8_peak() -> float:
 
     # Held to old instructions stock has no fast product, and the large ones would take minutes.
     small = rate(256)
-    return small if small < 100 else max(small, rate(1024), rate(2048))
+    return small if small < 1 else max(rate(1024), rate(2048))
