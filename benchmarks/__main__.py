@@ -18,6 +18,7 @@ from benchmarks import (
     bench_quantized_linear,
     harness,
     inference,
+    linear_peers,
     malloc,
     optimizers,
     plots,
@@ -32,6 +33,25 @@ FAMILIES = {
     "adamw": bench_adamw,
     "quantized_linear": bench_quantized_linear,
 }
+
+# What holds each library to an instruction set: all of them, or a ratio would compare two.
+CAPABILITIES = {
+    "avx2": {
+        "TORCHWELD_CPU_CAPABILITY": "avx2", "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512": {
+        "TORCHWELD_CPU_CAPABILITY": "avx512", "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+}  # fmt: skip
+
+
+def hold(capability: str) -> None:
+    """Start this process again, held to an instruction set, unless it is."""
+    wanted = CAPABILITIES[capability]
+    if wanted.items() - os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})
 
 
 def parse() -> argparse.Namespace:
@@ -86,6 +106,12 @@ def parse() -> argparse.Namespace:
         "that each touches new ones; another library; or glibc's own ways (default: %(default)s)",
     )
     parser.add_argument(
+        "--capability",
+        choices=CAPABILITIES,
+        help="hold torchweld, ATen, oneDNN and MKL to an older instruction set; neither has VNNI "
+        "(FBGEMM and the peers cannot be held)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path("build/benchmarks"),
@@ -100,6 +126,8 @@ def parse() -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
+    if options.capability:
+        hold(options.capability)
     try:
         malloc.enter(options.malloc)
     except FileNotFoundError as missing:
@@ -139,7 +167,9 @@ def main() -> int:
     if machine.load > 0.5 * (os.cpu_count() or 1):
         print(f"note: this machine is busy (load {machine.load:.1f}), trust no number")
     print(machine)
-    for peer in (*inference.missing(), *optimizers.missing()):
+    for peer in dict.fromkeys(
+        (*inference.missing(), *optimizers.missing(), *linear_peers.missing())
+    ):
         print(f"{peer} is not installed and left out (pip install --group peers)")
     print()
     path = create(machine, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -200,13 +201,31 @@ ADAMW_QUICK = [
 ]
 
 LINEAR = [
-    LinearCase(64, 128, 576),
-    LinearCase(32, 1000, 2048),
-    LinearCase(128, 3072, 768),
-    LinearCase(128, 768, 3072),
-    LinearCase(1, 4096, 4096),
-    LinearCase(1, 11008, 4096),
-    LinearCase(8, 4096, 4096),
-    LinearCase(512, 4096, 4096),
+    *itertools.starmap(
+        LinearCase,
+        (
+            (64, 128, 576), (32, 1000, 2048), (128, 3072, 768), (128, 768, 3072),
+            (1, 4096, 4096), (1, 11008, 4096), (8, 4096, 4096), (512, 4096, 4096),
+            # Above, the layers of the first comparison; below, other batches and odd sizes.
+            (1, 768, 768), (2, 3072, 768), (3, 768, 3072), (5, 1000, 2048), (17, 4096, 1024),
+            (33, 1023, 1025), (197, 2304, 768), (7, 4095, 577), (64, 1, 4096), (64, 4096, 1),
+        ),
+    )
+]  # fmt: skip
+# Weights of 16 million and more: beyond the cache they take a few copies.
+LINEAR_COLD = [
+    *itertools.starmap(
+        LinearCase,
+        (
+            (1, 4096, 4096), (1, 11008, 4096), (1, 4096, 11008), (2, 4096, 4096),
+            (3, 4095, 4097), (4, 4096, 4096), (8, 4096, 4096),
+        ),
+    )
+]  # fmt: skip
+# Where other questions are asked: a token or four, a batch, and a large one.
+LINEAR_FEW = [
+    *itertools.starmap(
+        LinearCase, ((1, 4096, 4096), (4, 4096, 4096), (32, 1000, 2048), (128, 3072, 768))
+    )
 ]
-LINEAR_QUICK = [LinearCase(64, 128, 576), LinearCase(1, 1024, 1024)]
+LINEAR_QUICK = [LinearCase(64, 128, 576), LinearCase(5, 257, 129)]

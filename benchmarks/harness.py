@@ -228,6 +228,7 @@ def rows(
                 "malloc": machine.malloc,
                 "load": round(machine.load, 2),
                 "memory_gb_s": round(machine.memory_gb_s, 2),
+                "read_gb_s": round(machine.read_gb_s, 2),
                 "float32_gflops": round(machine.peak["float32"], 1),
                 "bfloat16_gflops": round(machine.peak["bfloat16"], 1),
                 "int8_gops": round(machine.peak["int8"], 1),

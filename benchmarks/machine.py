@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
@@ -29,11 +30,13 @@ class Cost:
         operations: multiplications and additions of the direct algorithm (one that needs fewer,
             as Winograd's, may pass 100 % of the floor).
         unit: what does them, ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+        cold: the bytes are only read, and come from memory however few they are.
     """
 
     bytes: int
     operations: int = 0
     unit: str = "float32"
+    cold: bool = False
 
     @classmethod
     def layer(
@@ -66,6 +69,7 @@ class Machine:
         load: processes that wanted a core in the minute before, without ours.
         cache_bytes: last-level cache; data below twice its size have no memory floor.
         memory_gb_s: bandwidth, reads and writes counted: the better of a copy and a sum in place.
+        read_gb_s: bandwidth of reading alone.
         peak: operations per second in units of 1e9 by unit of :class:`Cost`, the best that
             stock matrix products reach.
     """
@@ -80,6 +84,7 @@ class Machine:
     date: str
     cache_bytes: int
     memory_gb_s: float
+    read_gb_s: float
     peak: dict[str, float]
 
     @classmethod
@@ -95,8 +100,9 @@ class Machine:
             malloc=malloc.describe(),
             load=os.getloadavg()[0],
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            cache_bytes=_cache_bytes(),
+            cache_bytes=cache_bytes(),
             memory_gb_s=_memory_gb_s(),
+            read_gb_s=_read_gb_s(),
             peak={"float32": _float32_peak(), "bfloat16": _bfloat16_peak(), "int8": _int8_peak()},
         )
 
@@ -104,7 +110,11 @@ class Machine:
         """Return the time of these parts in turn at the limit, None where nothing limits them."""
         total = 0.0
         for cost in costs:
-            memory = cost.bytes / self.memory_gb_s if cost.bytes > 2 * self.cache_bytes else 0.0
+            memory = 0.0
+            if cost.cold:
+                memory = cost.bytes / self.read_gb_s
+            elif cost.bytes > 2 * self.cache_bytes:
+                memory = cost.bytes / self.memory_gb_s
             total += max(memory, cost.operations / self.peak[cost.unit])
         return total / 1e6 or None
 
@@ -113,7 +123,7 @@ class Machine:
         return (
             f"{self.cpu_model}, {self.capability}, {self.threads} threads, "
             f"torch {self.torch}, torchweld {self.torchweld}, malloc {self.malloc}\n"
-            f"measured: memory {self.memory_gb_s:.1f} GB/s, "
+            f"measured: memory {self.memory_gb_s:.1f} GB/s, reading {self.read_gb_s:.1f}, "
             f"{peak['float32']}, {peak['bfloat16']} GFLOP/s, {peak['int8']} Gop/s"
         )
 
@@ -130,7 +140,9 @@ def _cpu_model() -> str:
     return f"{name} (family {facts['cpu family']} model {facts['model']})"
 
 
-def _cache_bytes() -> int:
+@functools.cache
+def cache_bytes() -> int:
+    """Return the size of the last-level cache."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     units = {"K": 2**10, "M": 2**20}
     texts = [path.read_text().strip() for path in sizes]
@@ -156,6 +168,11 @@ def _memory_gb_s() -> float:
     return max(copy, 3 * a.nbytes / _best_seconds(lambda: a.add_(b, alpha=0.5))) / 1e9
 
 
+def _read_gb_s() -> float:
+    a = torch.ones(2**26)
+    return a.nbytes / _best_seconds(a.sum) / 1e9
+
+
 def _float32_peak() -> float:
     n = 2048
     a, b = torch.randn(2, n, n)
@@ -168,12 +185,25 @@ def _float32_peak() -> float:
 
 
 def _bfloat16_peak() -> float:
-    n = 2048
-    a, b = torch.randn(2, n, n, dtype=torch.bfloat16)
-    return 2 * n**3 / _best_seconds(lambda: torch.mm(a, b)) / 1e9
+    def product(n: int) -> Callable[[], object]:
+        a, b = torch.randn(2, n, n, dtype=torch.bfloat16)
+        return lambda: torch.mm(a, b)
+
+    return _product_peak(product)
 
 
 def _int8_peak() -> float:
-    n = 2048
-    a, b = torch.randint(-127, 128, (2, n, n), dtype=torch.int8)
-    return 2 * n**3 / _best_seconds(lambda: torch._int_mm(a, b.t())) / 1e9
+    def product(n: int) -> Callable[[], object]:
+        a, b = torch.randint(-127, 128, (2, n, n), dtype=torch.int8)
+        return lambda: torch._int_mm(a, b.t())
+
+    return _product_peak(product)
+
+
+def _product_peak(product: Callable[[int], Callable[[], object]]) -> float:
+    best = 0.0
+    for n in (256, 1024, 2048):
+        best = max(best, 2 * n**3 / _best_seconds(product(n)) / 1e9)
+        if best < 2:  # held to old instructions stock may have no fast one: that takes minutes
+            break
+    return best

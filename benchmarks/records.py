@@ -19,7 +19,7 @@ NUMBERS = (
 )  # fmt: skip
 MACHINE = (
     "torch", "torchweld", "cpu_model", "capability", "threads", "malloc", "load",
-    "memory_gb_s", "float32_gflops", "bfloat16_gflops", "int8_gops", "date",
+    "memory_gb_s", "read_gb_s", "float32_gflops", "bfloat16_gflops", "int8_gops", "date",
 )  # fmt: skip
 COLUMNS = (*TEXT, *NUMBERS, *MACHINE)
 

@@ -32,6 +32,7 @@ from benchmarks.records import OURS, PEER, STOCK
 MACHINE = Machine(
     cpu_model="a CPU", capability="scalar", threads=2, torch="2.0", torchweld="1.0",
     malloc="default", load=0.5, date="2026-01-01", cache_bytes=1000, memory_gb_s=10.0,
+    read_gb_s=20.0,
     peak={"float32": 100.0, "bfloat16": 200.0, "int8": 400.0},
 )  # fmt: skip
 EXACT = [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
@@ -134,6 +135,7 @@ def test_median_quartiles_ratio_and_floor(rows):
         (Cost(bytes=2_000_000, operations=100_000_000, unit="int8"), 0.25),
         (Cost(bytes=2000, operations=100_000_000), 1.0),
         (Cost(bytes=2000), None),
+        (Cost(bytes=2000, cold=True), 1e-4),
     ],
 )
 def test_floor_is_the_higher_of_two_and_of_memory_only_beyond_the_cache(cost, milliseconds):
@@ -153,8 +155,8 @@ def test_csv_holds_every_column_and_reads_back(rows, tmp_path):
     wanted = (
         "op case contender kind median_ms p25 p75 rounds ratio floor_pct error saved_mb "
         "bytes_per_param "
-        "torch torchweld cpu_model capability threads malloc load memory_gb_s float32_gflops "
-        "bfloat16_gflops int8_gops date"
+        "torch torchweld cpu_model capability threads malloc load memory_gb_s read_gb_s "
+        "float32_gflops bfloat16_gflops int8_gops date"
     )
     assert next(csv.reader(io.StringIO(text))) == wanted.split()
     path = tmp_path / "rows.csv"

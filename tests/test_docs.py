@@ -42,6 +42,48 @@ def test_adamw_paper_runs():
     assert names["stock"].state[names["model"][0].weight]["step"] == 2
 
 
+class Small(nn.Module):
+    """What the papers on quantization call ``model``."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.encoder = nn.Linear(48, 256), nn.Linear(256, 256)
+        self.decoder, self.head = nn.Linear(256, 256), nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.head(self.decoder(self.encoder(self.embed(x)).relu()).relu())
+
+
+def run_on_small(paper):
+    torch.manual_seed(0)
+    names = {"model": Small(), "make_model": Small, "nn": nn, "x": torch.randn(5, 48)}
+    for code in snippets(ROOT / "docs" / paper):
+        exec(code, names)
+    return names
+
+
+def test_quantized_linear_paper_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_on_small("quantized-linear.md")
+    kinds = {name: type(module) for name, module in names["mixed"].named_children()}
+    assert kinds["encoder"] is tw.nn.QuantizedLinear
+    assert kinds["decoder"] is tw.nn.Int4Linear
+    assert kinds["head"] is nn.Linear
+    assert names["worst"].name in ("encoder", "decoder")
+    assert torch.equal(names["other"].encoder.weight(), names["fast"].encoder.weight())
+    assert names["base"].encoder.up.weight.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_migration_paper_runs(capsys):
+    names = run_on_small("migrate-quantization.md")
+    assert "integers of torch.ao" in str(tw.report(names["taken"]))
+    converted = {row.name for row in tw.report(names["new"]).converted}
+    assert converted == {"encoder"}
+    assert float(capsys.readouterr().out.rstrip().splitlines()[-1][len("tensor(") : -1]) > 30
+
+
 def test_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

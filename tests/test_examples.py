@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchweld as tw
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -79,3 +80,49 @@ def test_the_demo_reaches_the_same_loss_in_few_bits(layouts):
     base, *others = final_losses(layouts, layouts.Digits(), names, steps=40).values()
     assert base < 0.5  # from 2.3
     assert others == pytest.approx([base, base], abs=0.05)  # seeds differ by as much
+
+
+@pytest.fixture
+def quantized(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("quantized_transformer")
+
+
+def test_a_transformer_on_text_keeps_its_accuracy(quantized, monkeypatch):
+    monkeypatch.setattr(quantized.Text, "context", 24)
+    monkeypatch.setattr(quantized, "ROUNDS", 1)
+    text = quantized.Text()
+    held_out = tuple(part[::4] for part in text.held_out())
+    monkeypatch.setattr(text, "held_out", lambda: held_out)
+    results = quantized.compare(quantized.train(text, steps=60, width=128), text)
+    base = results["float32"]
+    assert base.top1 > 0.2  # of 103 characters
+    for name in quantized.CONFIGS:
+        result = results[name]
+        lost, more = (0.005, 0.001) if "Int8" in name else (0.02, 0.01)
+        assert result.top1 > base.top1 - lost, name
+        assert result.loss == pytest.approx(base.loss, abs=more), name
+        assert result.bytes < base.bytes * (0.4 if "Int8" in name else 0.3), name
+    assert "Int4(group_size=128)" in quantized.table(results)
+
+
+@pytest.mark.parametrize(
+    "config", [tw.Int8(), tw.Int8WeightOnly(), tw.Int4(group_size=32)], ids=str
+)
+def test_the_demo_keeps_its_accuracy(digits, config):
+    torch.manual_seed(0)
+    data = digits.bundled_digits()
+    model = digits.DigitsCNN()
+    digits.train("", model, torch.optim.AdamW(model.parameters()), data, epochs=3)
+    ready = tw.weld(model.eval(), inference=True)
+    quantized = tw.quantize(ready, config)
+    assert [row.name for row in tw.report(quantized).converted if "linear" in row.conversion] == [
+        "fc1"
+    ]
+    images, labels = data.test_images, data.test_labels
+    right = [
+        (digits.predict(each, images).argmax(1) == labels).double().mean().item()
+        for each in (ready, quantized)
+    ]
+    assert right[0] > 0.9
+    assert right[1] >= right[0] - (0.02 if isinstance(config, tw.Int4) else 0.005)
