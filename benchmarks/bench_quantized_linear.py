@@ -132,10 +132,12 @@ def jobs(quick: bool, compiled: bool) -> Iterator[Job]:
     bfloat16 = replace(WEIGHT_ONLY, name="torchweld bfloat16", dtype=torch.bfloat16, tolerance=1e-2)
     for case in cold:
         ways = [FLOAT32, BFLOAT16, WEIGHT_ONLY, bfloat16]
-        yield Job("weight_only_linear cold", case.name, partial(against, case, ways, cold=True))
+        setup = partial(against, case, ways, cold=True, unit="float32")
+        yield Job("weight_only_linear cold", case.name, setup)
     for case in few:
         ways = [FLOAT32, WEIGHT_ONLY]
-        yield Job("weight_only_linear", case.name, partial(against, case, ways))
+        setup = partial(against, case, ways, unit="float32")
+        yield Job("weight_only_linear", case.name, setup)
     for case in few[-1:] if quick else few[-2:]:
         for activation in ("identity", "relu", "gelu", "gelu_tanh", "silu"):
             name = f"{case.name} {activation}"
@@ -197,20 +199,22 @@ def epilogue(case: cases.LinearCase, activation: str, residual: bool = False) ->
     return Setup(contenders, [exact], [cost(case, 1)])
 
 
-def against(case: cases.LinearCase, ways: Sequence[Way], cold: bool = False) -> Setup:
+def against(
+    case: cases.LinearCase, ways: Sequence[Way], cold: bool = False, unit: str = "int8"
+) -> Setup:
     """Return the ways side by side, over the floor of the weight with the fewest bytes."""
     layer, x = drawn(case)
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    floor = cost(case, min(way.bytes for way in ways), cold)
+    floor = cost(case, min(way.bytes for way in ways), cold, unit)
     contenders = [way.contender(layer, x, cold) for way in ways]
     return Setup(contenders, [exact], [floor])
 
 
-def cost(case: cases.LinearCase, bytes: float, cold: bool = False) -> Cost:
+def cost(case: cases.LinearCase, bytes: float, cold: bool = False, unit: str = "int8") -> Cost:
     """Return that of a weight with so many bytes an element, beside float32 input and output."""
     weight = int(bytes * case.n * case.k)
     traffic = weight if cold else weight + 4 * case.m * (case.n + case.k)
-    return Cost(traffic, 2 * case.m * case.n * case.k, "int8", cold)
+    return Cost(traffic, 2 * case.m * case.n * case.k, unit, cold)
 
 
 def drawn(case: cases.LinearCase) -> tuple[nn.Linear, Tensor]:

@@ -185,16 +185,25 @@ def _float32_peak() -> float:
 
 
 def _bfloat16_peak() -> float:
-    n = 2048
-    a, b = torch.randn(2, n, n, dtype=torch.bfloat16)
-    return 2 * n**3 / _best_seconds(lambda: torch.mm(a, b)) / 1e9
+    def product(n: int) -> Callable[[], object]:
+        a, b = torch.randn(2, n, n, dtype=torch.bfloat16)
+        return lambda: torch.mm(a, b)
+
+    return _product_peak(product)
 
 
 def _int8_peak() -> float:
-    def rate(n: int) -> float:
+    def product(n: int) -> Callable[[], object]:
         a, b = torch.randint(-127, 128, (2, n, n), dtype=torch.int8)
-        return 2 * n**3 / _best_seconds(lambda: torch._int_mm(a, b.t())) / 1e9
+        return lambda: torch._int_mm(a, b.t())
 
-    # Held to old instructions stock has no fast product, and the large ones would take minutes.
-    small = rate(256)
-    return small if small < 100 else max(small, rate(1024), rate(2048))
+    return _product_peak(product)
+
+
+def _product_peak(product: Callable[[int], Callable[[], object]]) -> float:
+    best = 0.0
+    for n in (256, 1024, 2048):
+        best = max(best, 2 * n**3 / _best_seconds(product(n)) / 1e9)
+        if best < 2:  # held to old instructions stock may have no fast one: that takes minutes
+            break
+    return best
