@@ -43,7 +43,7 @@ def test_longer_rows_are_summed_exactly(k):
 def test_sums_that_int32_does_not_hold_are_refused():
     k = LONGEST + 1
     packed, weight_sum = tw.ops.pack_weight(torch.zeros(1, k, dtype=torch.int8))
-    with pytest.raises(RuntimeError, match="in_features: expected at most 133144.*got 133145"):
+    with pytest.raises(RuntimeError, match=r"in_features: expected at most 133144.*got 133145"):
         accumulators(torch.ones(1, k), packed, torch.ones(1), weight_sum, k)
 
 

@@ -27,6 +27,8 @@ struct TileArgs {
   int64_t quads;
   const int32_t* weight_sum;  // of the first panel
   int64_t weight_sum_stride;  // from panel to panel
+  const int8_t* next;         // what comes after these panels, for the second cache to fetch,
+  int64_t next_step;          // so many bytes with every quad
   int32_t* c;
 };
 
@@ -42,7 +44,6 @@ template <int R, int P>
 __attribute__((noinline)) void tile(const TileArgs& t) {
   // Few rows leave the multiplier waiting on its own result; more sums in flight hide that.
   constexpr int U = R == 1 ? 4 : R == 2 ? 2 : 1;
-  constexpr int64_t kAhead = 2048;
   __m512i acc[U][R][P];
   UNROLL for (int u = 0; u < U; ++u) {
     UNROLL for (int r = 0; r < R; ++r) {
@@ -59,7 +60,9 @@ __attribute__((noinline)) void tile(const TileArgs& t) {
       const int8_t* from = t.b + p * t.panel_stride + k * 64;
       b[p] = _mm512_loadu_si512(from);
       // With fewer rows the loads are close enough for the processor to look ahead by itself.
-      if (R > 4) _mm_prefetch(from + kAhead, _MM_HINT_T0);
+      if (R > 4) {
+        _mm_prefetch(t.next + p * t.panel_stride + k * t.next_step, _MM_HINT_T1);
+      }
     }
     UNROLL for (int r = 0; r < R; ++r) {
       const __m512i a = _mm512_set1_epi32(load_quad(t.a + r * t.a_stride + k * kQuad));

@@ -83,6 +83,8 @@ void sum_groups(const QuantizedLinearBlock& block, const TileRange& range, TileA
 
 // --- tiles of a block ----------------------------------------------------------------------------
 
+constexpr int64_t kAhead = 2048;  // bytes
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Has the sums of every tile made, and used once they are there.
@@ -111,16 +113,23 @@ struct Tiles {
   void rows_of(int64_t height, int64_t first, int64_t count, int64_t distance) const {
     alignas(64) Sum sums[kTileSums];
     const int64_t panel_bytes = block.quads * kPanelColumns * kQuad;
+    const int8_t* panels = block.panels + first * panel_bytes;
+    // One pass looks some lines ahead, several share the panels that come next.
+    const int64_t passes = ceil_div(block.rows, height);
+    const int64_t step = ceil_div(kPanelColumns * kQuad, passes);
+    const int8_t* next = passes == 1 ? panels + kAhead : panels + count * panel_bytes;
     for (int64_t row = 0; row < block.rows; row += height) {
       const int64_t rows = block.rows - row < height ? block.rows - row : height;
       make(block, {row, rows, count},
            {.a = block.quantized + row * block.quantized_stride,
             .a_stride = block.quantized_stride,
-            .b = block.panels + first * panel_bytes,
+            .b = panels,
             .panel_stride = distance * panel_bytes,
             .quads = block.quads,
             .weight_sum = block.weight_sum + first * kPanelColumns,
             .weight_sum_stride = distance * kPanelColumns,
+            .next = next + row / height * step * block.quads,
+            .next_step = step,
             .c = nullptr},
            sums);
       const int64_t adjacent = distance == 1 ? count : 1;
