@@ -1,4 +1,4 @@
-// Tiles of packed linear weights as floats, in the layouts gemm.h multiplies by: what a second
+// Tiles of packed linear weights as floats, in the layout gemm.h multiplies by: what a second
 // cache holds, never a whole weight.
 #pragma once
 
@@ -8,18 +8,6 @@
 #include "kernels/gemm.h"
 
 namespace torchweld::kernels {
-
-// output[k * kPanel + n] = q of input feature first + k and column n: a panel of gemm.h for the
-// layer itself. Scales are left out, for they multiply the sums. All columns of the packed panels
-// that hold [0, columns) are written, columns <= kPanel.
-struct DequantizeForward {
-  const int8_t* panels;  // those that hold the columns
-  int64_t quads;         // of a panel
-  int64_t first;         // a multiple of 4
-  int64_t count;
-  int64_t columns;
-  float* output;
-};
 
 // output[n * kPanel + k] = the weight of column n and input feature first + k, for n < columns: a
 // panel of gemm.h for the gradient. 64 of k are written, of which at least one exists.
@@ -44,7 +32,6 @@ struct DequantizeInt4Backward {
 };
 
 struct DequantizeKernels {
-  void (*forward)(const DequantizeForward&);
   void (*backward)(const DequantizeBackward&);
   void (*int4_backward)(const DequantizeInt4Backward&);
   // to[i] = float(from[i])

@@ -9,27 +9,6 @@ namespace {
 constexpr int64_t kQuadBytes = kPanelColumns * kQuad;  // a quad of all columns of a panel
 constexpr int64_t kTileQuads = kPanel / kQuad;
 
-void forward(const DequantizeForward& d) {
-  const int64_t panel_bytes = d.quads * kQuadBytes;
-  for (int64_t n = 0; n < d.columns; n += kPanelColumns) {
-    const int8_t* panel = d.panels + n / kPanelColumns * panel_bytes + d.first / kQuad * kQuadBytes;
-    for (int64_t k = 0; k < d.count; k += kQuad) {
-      const int64_t left = d.count - k < kQuad ? d.count - k : kQuad;
-      for (int v = 0; v < kPanelColumns; v += kLanesF) {
-        VecI32 quads;
-        memcpy(&quads, panel + k * kPanelColumns + v * kQuad, sizeof quads);
-        float* to = d.output + k * kPanel + n + v;
-#pragma GCC unroll 4
-        for (int i = 0; i < kQuad; ++i) {
-          if (i < left) {
-            store(to + i * kPanel, __builtin_convertvector(quads << (24 - 8 * i) >> 24, VecF));
-          }
-        }
-      }
-    }
-  }
-}
-
 // The first `quads` of a panel as bytes [16][64], column by column; at most kTileQuads.
 void columns_of(const void* panel, int64_t quads, int8_t* columns) {
   if (quads == kTileQuads) {
@@ -143,7 +122,6 @@ void narrow_all(const float* from, int64_t size, void* to) {
 
 extern const DequantizeKernels dequantize;
 const DequantizeKernels dequantize{
-    .forward = forward,
     .backward = backward,
     .int4_backward = int4_backward,
     .widen = {widen_all<float>, nullptr, widen_all<BFloat16>, widen_all<Float16>},

@@ -69,9 +69,12 @@ inline VecI32 start(const TileArgs& t, int64_t group, int r, int v) {
 
 #if defined(__AVX512VNNI__)
 
-constexpr int kRows = 6;
+constexpr int kRows = 4;
 constexpr int kPanels = 2;
 constexpr int8_t kFlip = -128;  // how the rows' quantizer stores a byte
+
+// Bytes of a panel to ask for ahead of their use. The hardware stops at the end of a page.
+constexpr int64_t kAhead = 8192;
 
 template <int R, int P, class Sink>
 __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
@@ -82,6 +85,8 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
   const uint8_t* b = t.b;
   const int8_t* a = t.a;
   for (int64_t group = 0; group < t.groups; ++group) {
+    const bool is_near = (group + 1) * t.octets * 64 + kAhead <= panel_stride;
+    const uint8_t* ahead = b + kAhead + (is_near ? 0 : (P - 1) * panel_stride);
     // The high bits count 16 times; one exact shift a group takes that off their sums.
     __m512i low[U][R][P], high[U][R][P];
     UNROLL for (int u = 0; u < U; ++u) {
@@ -97,7 +102,9 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
     const auto step = [&](int u) __attribute__((always_inline)) {
       __m512i l[P], h[P];
       UNROLL for (int p = 0; p < P; ++p) {
-        const __m512i bytes = _mm512_loadu_si512(b + p * panel_stride);
+        __m512i bytes = _mm512_loadu_si512(b + p * panel_stride);
+        __asm__("" : "+v"(bytes));  // else it is loaded twice, once for each mask
+        __builtin_prefetch(ahead + p * panel_stride);
         l[p] = _mm512_and_si512(bytes, low_mask);
         h[p] = _mm512_and_si512(bytes, high_mask);
       }
@@ -113,6 +120,7 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
       }
       b += 64;
       a += kOctet;
+      ahead += 64;
     };
     int64_t octet = 0;
     for (; octet + U <= t.octets; octet += U) {
@@ -246,7 +254,8 @@ inline void any_tile(int64_t rows, int64_t panels, const TileArgs& args, const S
 // rows inside: a group of panels stays in the second cache while all rows pass.
 template <class F>
 void for_each_tile(const LinearInt4Block& block, const F& f) {
-  constexpr int64_t kTileColumns = kPanels * kPanelColumns;
+  // A single row reads as fast as memory is: panel by panel, one stream.
+  const int64_t tile_columns = (block.rows == 1 ? 1 : kPanels) * kPanelColumns;
   TileArgs args{.a = nullptr,
                 .a_stride = block.quantized_stride,
                 .group_sum = nullptr,
@@ -255,9 +264,9 @@ void for_each_tile(const LinearInt4Block& block, const F& f) {
                 .zero = block.weight_zero,
                 .groups = block.groups,
                 .octets = block.group_size / kOctet};
-  for (int64_t column = 0; column < block.columns; column += kTileColumns) {
+  for (int64_t column = 0; column < block.columns; column += tile_columns) {
     const int64_t rest = block.columns - column;
-    const int64_t columns = rest < kTileColumns ? rest : kTileColumns;
+    const int64_t columns = rest < tile_columns ? rest : tile_columns;
     const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
     for (int64_t row = 0; row < block.rows; row += kRows) {
       const int64_t rows = block.rows - row < kRows ? block.rows - row : kRows;

@@ -24,25 +24,26 @@ struct Rows {
   int64_t stride;
 };
 
-// The same as float32.
+// The same as float32, and no stride that would map all rows to the same lines of the first cache.
 class FloatRows {
  public:
   FloatRows(const Tensor& source, int64_t rows, int64_t columns) : rows_(source) {
-    if (source.scalar_type() == ScalarType::Float) {
+    constexpr int64_t kAlias = 1024 / sizeof(float);
+    if (source.scalar_type() == ScalarType::Float && (rows < 4 || rows_.stride % kAlias != 0)) {
       data_ = rows_.tensor.const_data_ptr<float>();
       stride_ = rows_.stride;
       return;
     }
+    stride_ = columns + (columns % kAlias == 0 ? 16 : 0);
     const auto widen =
         cpu_kernels().dequantize->widen[static_cast<size_t>(*to_dtype(source.scalar_type()))];
     const char* from = static_cast<const char*>(rows_.tensor.const_data_ptr());
     const int64_t row_bytes = rows_.stride * static_cast<int64_t>(source.element_size());
-    float* to = copy_.emplace(rows * columns).data();
+    float* to = copy_.emplace(rows * stride_).data();
     parallel_for(rows, (1 << 15) / (columns + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) widen(from + i * row_bytes, columns, to + i * columns);
+      for (int64_t i = begin; i < end; ++i) widen(from + i * row_bytes, columns, to + i * stride_);
     });
     data_ = to;
-    stride_ = columns;
   }
   const float* data() const { return data_; }
   int64_t stride() const { return stride_; }
