@@ -95,7 +95,8 @@ Pool& pool() {
 void trim_memory_pool() { pool().trim(static_cast<size_t>(config().memory_pool.load())); }
 
 Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFormat format) {
-  size_t bytes = size_of(*to_dtype(type));
+  const auto dtype = to_dtype(type);
+  size_t bytes = dtype ? size_of(*dtype) : 1;  // others are bytes
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes >= kSmallestPooled && config().memory_pool > 0) {
     if (const Block block = pool().take(bytes); block.data) {

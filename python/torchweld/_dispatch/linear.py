@@ -16,6 +16,11 @@ _ops = torch.ops.torchweld
 _autocast = torch.library.Library("torchweld", "IMPL")
 
 
+@torch.library.register_fake("torchweld::_in_huge_pages")
+def _fake_in_huge_pages(packed_weight: Tensor) -> Tensor:
+    return packed_weight.new_empty(packed_weight.shape)
+
+
 def check_columns(op: str, argument: str, matrix: Tensor, columns: int) -> None:
     """Raise what the operator raises where ``matrix`` does not have so many columns."""
     torch._check(

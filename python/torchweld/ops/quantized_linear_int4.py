@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchweld.ops.quantized_linear import PANEL
+from torchweld.ops.quantized_linear import PANEL, place_packed
 
 # Two quads: what a byte of a packed weight's octet holds side by side.
 OCTET = 8
@@ -214,7 +214,7 @@ def pack_weight_int4(
     u = F.pad(u, (0, groups * group_size - in_features, 0, rows))
     octets = groups * group_size // OCTET
     low, high = u.view(panels, PANEL, octets, 2, OCTET // 2).unbind(3)
-    packed = (low | (high << 4)).transpose(1, 2).contiguous()
+    packed = place_packed((low | (high << 4)).transpose(1, 2))
 
     def pack(of_group: Tensor) -> Tensor:
         padded = F.pad(of_group, (0, 0, 0, rows)).view(panels, PANEL, groups)
