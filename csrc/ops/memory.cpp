@@ -99,10 +99,14 @@ Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFor
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes >= kSmallestPooled && config().memory_pool > 0) {
     if (const Block block = pool().take(bytes); block.data) {
-      const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-      const bool last = format == torch::headeronly::MemoryFormat::ChannelsLast;
-      const IntList strides =
-          last ? IntList{c * h * w, 1, w * c, c} : IntList{c * h * w, h * w, w, 1};
+      IntList strides(sizes.size());
+      if (format == torch::headeronly::MemoryFormat::ChannelsLast) {
+        const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
+        strides = {c * h * w, 1, w * c, c};
+      } else {
+        int64_t stride = 1;
+        for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+      }
       return torch::stable::from_blob(block.data, sizes, strides,
                                       torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                       type, [block](void*) { pool().give_back(block); });
