@@ -79,7 +79,8 @@ Result run(Capability capability, const Layer& layer, LinearActivation activatio
                                          .in_features = k,
                                          .quantized = quantized.get(),
                                          .quantized_stride = stride,
-                                         .scale = result.scale.get()});
+                                         .scale = result.scale.get(),
+                                         .group_size = 0});
   kernels.linear_int4->prepare({.quantized = quantized.get(),
                                 .quantized_stride = stride,
                                 .rows = m,

@@ -87,7 +87,7 @@ def test_encoder_layers_whose_attention_stays():
         assert torch.equal(
             quantized(x, src_key_padding_mask=PADDING), encoder(x, src_key_padding_mask=PADDING)
         )
-    reason = "nn.TransformerEncoderLayer reads its weight, as its attention stays float"
+    reason = "TransformerEncoderLayer reads its weight, as its attention stays float"
     assert details(quantized)["layers.0.linear1"] == reason
     # The other way round: nothing reads what is float.
     quantized = quantize(encoder, exclude="*.linear?")

@@ -259,6 +259,48 @@ def test_left_alone_and_reported(layer, reason):
     assert type(quantized[1]) is tw.nn.QuantizedLinear
 
 
+class Reads(nn.Module):
+    """In its forward, below it, guarded, and where it does not matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.below, self.called = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.guarded, self.holder = nn.Linear(8, 8), nn.Sequential()
+        self.holder.deep = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        nn.init.ones_(self.called.weight)
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.read.weight, self.called.bias)
+        if isinstance(self.guarded.weight, torch.Tensor) and self.guarded.weight.dtype != x.dtype:
+            x = x.to(self.guarded.weight.dtype)
+        x = x.to(self.holder.deep.weight.dtype)
+        return self.helper(self.called(self.guarded(x))) + self.attention.in_proj_weight[0]
+
+    def helper(self, x):
+        return x @ self.weight_below
+
+    @property
+    def weight_below(self):
+        return self.below.weight
+
+
+class ReadsThroughSuper(Reads):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Reads, ReadsThroughSuper])
+def test_weights_that_a_forward_reads(kind):
+    model = kind()
+    quantized = quantize(nn.Sequential(model))
+    assert quantized(torch.randn(3, 8)).shape == (3, 8)
+    rows = {row.name.removeprefix("0."): row for row in tw.report(quantized)}
+    assert [name for name, row in rows.items() if row.converted] == ["called", "guarded"]
+    for name in ("read", "below", "holder.deep", "attention"):
+        assert rows[name].detail == f"the forward of {kind.__name__} reads its weight"
+
+
 def test_a_failed_conversion_leaves_the_model(monkeypatch):
     model = Digits()
     before = copy.deepcopy(model.state_dict())

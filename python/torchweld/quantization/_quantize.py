@@ -14,8 +14,8 @@ from torchweld.quantization import _measure
 from torchweld.quantization._adapters import Target, adapter_of, is_candidate
 from torchweld.quantization._configs import Config, Int4, Int8, Int8WeightOnly
 from torchweld.quantization._exclusions import Exclusion, Exclusions
+from torchweld.quantization._reads import reader
 from torchweld.quantization._reasons import (
-    is_read,
     obstacle,
     unknown,
     users_of_parameters,
@@ -51,13 +51,14 @@ def quantize(
       something else; and ``nn.LSTM``, ``nn.GRU`` and their like;
     - layers with hooks or a replaced ``forward``;
     - layers whose weight or bias is also another module's: what was tied would come apart;
-    - the layers of an ``nn.TransformerEncoderLayer`` whose attention is left alone: its forward
-      reads their float weight;
+    - layers whose weight the forward of a module that holds them reads, instead of calling the
+      layer, as far as its source tells: among them those of an ``nn.TransformerEncoderLayer`` whose
+      attention is left alone;
     - weights that are not finite, not float32, bfloat16 or float16, not on the CPU, or that have
       more than 16777216 input features.
 
-    A module whose ``forward`` reads the weight of a layer instead of calling the layer needs that
-    layer excluded: the copy has no float weight there.
+    Code that reads the weight of a layer where this cannot be seen needs the layer excluded: the
+    copy has no float weight there.
 
     Args:
         model: any module, or a single layer.
@@ -181,7 +182,7 @@ def _convert(
             unknown(site.module)
             or exclusions.reason([*site.names, *site.parts], site.module)
             or obstacle(site.module, site.names[0], target, keep_small, users)
-            or is_read(model, site.module, site.names, gone)
+            or reader(model, site.module, site.names, gone)
         )
         if site.reason is None:
             site.replacement = adapter_of(site.module).convert(site.module, target)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-
 import torch
 from torch import nn
 
@@ -101,22 +99,4 @@ def _obstacle_of_size(linear: nn.Linear, target: Target, keep_small: bool) -> st
         problem = invalid_group_size(target.config.group_size, k)
         if problem:
             return f"group_size: {problem}"
-    return None
-
-
-def is_read(
-    model: nn.Module, module: nn.Module, names: Iterable[str], gone: Collection[int]
-) -> str | None:
-    """Why a layer's float weight is read by its owner, which does not call the layer; or None.
-
-    The evaluation fast path of ``nn.TransformerEncoderLayer`` does so. It is off where the
-    attention is ours, so a layer beside one that is gone may go.
-    """
-    for name in names:
-        owner = model.get_submodule(name.rpartition(".")[0]) if name else None
-        if isinstance(owner, nn.TransformerEncoderLayer):
-            attention = owner.self_attn
-            stays = isinstance(attention, nn.MultiheadAttention) and id(attention) not in gone
-            if stays and attention is not module:
-                return "nn.TransformerEncoderLayer reads its weight, as its attention stays float"
     return None
