@@ -41,8 +41,8 @@ def weight_only_linear(
         In float32, products with the integers are summed by one chain of fused multiply-adds over
         K; then ``fma(sum, weight_scale, bias)``, the activation, the residual, and one rounding to
         the dtype of ``input``. The result has the same bits on every CPU instruction set, for any
-        number of threads, and whatever other rows are in the batch. Scales meet the sum and not the weight,
-        so a sum may overflow where a float layer's would not: inputs beyond 1e36 or so.
+        number of threads, and whatever other rows are in the batch. Scales meet the sum and not the
+        weight, so a sum may overflow where a float layer's would not: inputs beyond 1e36 or so.
 
         Differentiable in ``input``, ``bias`` and ``residual``. Under autocast ``input`` is cast to
         the autocast dtype, everything else is left as it is.
