@@ -57,7 +57,7 @@ def quantized_linear_int4(
     Note:
         With ``sum[g]`` the exact int32 sum over group ``g`` of int8 times ``u - zero``, and in
         float32: ``total = fma(sum[g], weight_scale[g], total)`` in the order of the groups, then
-        ``fma(total, input_scale, bias)``, the activation, the residual, and one rounding to the
+        ``total * input_scale + bias``, the activation, the residual, and one rounding to the
         dtype of ``input``. The result has the same bits on every CPU instruction set, for any
         number of threads, and whatever other rows are in the batch.
 
