@@ -20,8 +20,6 @@ constexpr int64_t kTaskRows = 16 * kInterleavedRows;
 constexpr int64_t kGrainElements = 1 << 15;  // interleaved
 constexpr int64_t kGrainProducts = 1 << 19;  // multiplied
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Tensor weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale,
                           std::optional<Tensor> bias, std::optional<Tensor> residual,
                           int64_t in_features, String activation) {
