@@ -124,7 +124,12 @@ void check_halves() {
     const float value = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
     CHECK(__half_as_ushort(__float2half_rn(value)) == bits, "%x", bits);
   }
-  CHECK(__half_as_ushort(__float2half_rn(1 + 0x1p-11f)) == 0x3c00, "ties to even");
+  const auto rounded = [](float x) { return __half_as_ushort(__float2half_rn(x)); };
+  CHECK(rounded(1 + 0x1p-11f) == 0x3c00 && rounded(1 + 0x3p-11f) == 0x3c02, "ties to even");
+  CHECK(rounded(-65519.0f) == 0xfbff && rounded(-65520.0f) == 0xfc00, "overflow");
+  CHECK(rounded(0x1p-14f - 0x1p-26f) == 0x0400 && rounded(-0x1p-25f) == 0x8000, "subnormals");
+  CHECK(std::isnan(__half2float(__float2half_rn(NAN))) && rounded(INFINITY) == 0x7c00,
+        "no numbers");
 }
 
 }  // namespace

@@ -118,6 +118,15 @@ def test_many_tensors_at_once():
     on_gpu.assert_equal(on_cpu)
 
 
+def test_parameters_in_one_memory_are_stepped_in_turn():
+    on_cpu = Lists.random([(50_000,), (50_000,)], torch.float32)
+    on_gpu = on_cpu.to("cuda")
+    for lists in (on_cpu, on_gpu):
+        lists.tensors[0][1] = lists.tensors[0][0]
+        lists.step()
+    on_gpu.assert_equal(on_cpu)
+
+
 def test_past_2_to_31_elements():
     size = 2**31 + 2**15 + 3
     if torch.cuda.mem_get_info()[0] < 5 * size * 2:

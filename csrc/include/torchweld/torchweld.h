@@ -21,8 +21,8 @@ TORCHWELD_API const char* cpu_capability();
 // Comma-separated instruction sets this build holds and this machine can run, best first.
 TORCHWELD_API const char* available_cpu_capabilities();
 
-// Comma-separated GPU architectures libtorchweld_cuda.so holds code for (sm_80), or the instructions
-// a driver can compile for later ones (compute_90); empty if this build has no such library.
+// Comma-separated GPU architectures libtorchweld_cuda.so holds code for (sm_80), or instructions
+// that a driver compiles for later ones (compute_90); empty if this build has no such library.
 TORCHWELD_API const char* cuda_architectures();
 
 // Registers the operators under torch.ops.torchweld. Loading the library does it; calling this

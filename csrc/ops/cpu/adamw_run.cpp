@@ -6,8 +6,8 @@
 #include <memory>
 #include <numeric>
 
-#include "ops/check.h"
 #include "ops/adamw_aligned.h"
+#include "ops/check.h"
 #include "ops/cpu/adamw_pieces.h"
 #include "ops/kernels.h"
 

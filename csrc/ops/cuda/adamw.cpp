@@ -1,7 +1,5 @@
 #include "ops/adamw.h"
 
-#include <numeric>
-
 #include "ops/adamw_aligned.h"
 #include "ops/check.h"
 #include "ops/cuda/adamw_tables.h"
@@ -80,15 +78,15 @@ struct StepLists {
   std::vector<AdamWKind> kinds;
   std::vector<AdamWTensor> tensors;
   std::vector<Values> grads;
-  std::vector<int64_t> sizes;
 };
 
 void step(const CudaContext& context, const Tensor& device, const StepLists& lists,
           const AdamWGroup& group, const double* grad_scale) {
   const auto count = static_cast<int64_t>(lists.tensors.size());
-  const int64_t elements = std::accumulate(lists.sizes.begin(), lists.sizes.end(), int64_t{0});
+  int64_t elements = 0;
+  for (const Values& grad : lists.grads) elements += grad.size;
   ChunkRuns runs(adamw_chunk_size(elements, context.multiprocessors()));
-  const std::vector<AdamWBatch> batches = batches_of(lists.kinds, lists.sizes, runs);
+  const std::vector<AdamWBatch> batches = batches_of(lists.tensors, lists.kinds, runs);
   const auto run_count = static_cast<int64_t>(runs.runs().size());
 
   CudaScratch scratch;
@@ -173,7 +171,6 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
     lists.kinds.push_back(
         {type.dtype, kernels::AdamWState::like_param, kernels::AdamWRounding::nearest, amsgrad});
     lists.grads.push_back({aligned.read(grads[k]), tensor.span.size, type.dtype});
-    lists.sizes.push_back(tensor.span.size);
     lists.tensors.push_back(tensor);
   }
   AdamWGroup group{};

@@ -1,6 +1,8 @@
 // The tables of a step on CUDA: filled on the host, then brought to the device.
 #pragma once
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/adamw.h"
@@ -35,18 +37,38 @@ struct AdamWBatch {
   int64_t first, count;
 };
 
-// Chunks of all tensors, those of one kind together. sizes[k] and kinds[k] are those of tensor k.
-inline std::vector<AdamWBatch> batches_of(const std::vector<kernels::cuda::AdamWKind>& kinds,
-                                          const std::vector<int64_t>& sizes, ChunkRuns& runs) {
+// Whether two parameters do.
+inline bool share_memory(const std::vector<kernels::cuda::AdamWTensor>& tensors,
+                         const std::vector<kernels::cuda::AdamWKind>& kinds) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    const auto* begin = static_cast<const char*>(tensors[k].span.param);
+    const auto bytes = tensors[k].span.size * static_cast<int64_t>(size_of(kinds[k].param));
+    if (bytes > 0) ranges.emplace_back(begin, begin + bytes);
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t k = 1; k < ranges.size(); ++k) {
+    if (ranges[k].first < ranges[k - 1].second) return true;
+  }
+  return false;
+}
+
+// Chunks of all tensors, those of one kind together; where parameters share memory, those of one
+// tensor: launches run one after the other, as stock steps parameters.
+inline std::vector<AdamWBatch> batches_of(const std::vector<kernels::cuda::AdamWTensor>& tensors,
+                                          const std::vector<kernels::cuda::AdamWKind>& kinds,
+                                          ChunkRuns& runs) {
+  const bool one_by_one = share_memory(tensors, kinds);
   std::vector<AdamWBatch> batches;
   std::vector<char> done(kinds.size());
   for (size_t k = 0; k < kinds.size(); ++k) {
     if (done[k]) continue;
     const int64_t first = runs.count();
-    for (size_t other = k; other < kinds.size(); ++other) {
+    const size_t end = one_by_one ? k + 1 : kinds.size();
+    for (size_t other = k; other < end; ++other) {
       if (done[other] || !(kinds[other] == kinds[k])) continue;
       done[other] = 1;
-      runs.add(other, sizes[other]);
+      runs.add(other, tensors[other].span.size);
     }
     if (runs.count() > first) batches.push_back({kinds[k], first, runs.count() - first});
   }
