@@ -15,11 +15,12 @@ struct StepWork {
     const Chunk chunk = params.chunks[blockIdx.x];
     tensor = &params.tensors[chunk.tensor];
     scalars = &params.scalars[chunk.tensor];
-    grad = params.grads[chunk.tensor].data;
+    const Values values = params.grads[chunk.tensor];
+    grad = values.data;
     begin = chunk.number * params.chunk_size;
     end = begin + params.chunk_size;
     if (end > tensor->span.size) end = tensor->span.size;
-    if (grad == nullptr || *params.skipped != 0) end = begin;
+    if (values.size < 0 || *params.skipped != 0) end = begin;
   }
 
   // Of the elements from `i` on, how many of kCount there are.

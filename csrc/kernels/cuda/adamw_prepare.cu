@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) sum_squares(SumParams params
   const int64_t left = tensor.size - begin, size = left < kAdamWSumPiece ? left : kAdamWSumPiece;
   double squares = 0;
   int64_t nonfinite = 0;
-  if (tensor.data == nullptr) {
-  } else if (tensor.dtype == DType::float32) {
+  if (tensor.dtype == DType::float32) {
     sum_piece(static_cast<const float*>(tensor.data) + begin, size, squares, nonfinite);
   } else if (tensor.dtype == DType::float64) {
     sum_piece(static_cast<const double*>(tensor.data) + begin, size, squares, nonfinite);
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(kTotalThreads) prepare(AdamWPrepareParams para
   __syncthreads();
   if (shared.skipped != 0) return;
   for (int64_t t = threadIdx.x; t < params.count; t += kTotalThreads) {
-    if (params.grads[t].data == nullptr) continue;
+    if (params.grads[t].size < 0) continue;
     const AdamWTensor& tensor = params.tensors[t];
     const double step = *tensor.step_count + 1.0;
     AdamWScalars scalars = scalars_of(params.groups[tensor.group], step, shared.grad_scale);
