@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -206,7 +207,14 @@ def against(
     layer, x = drawn(case)
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     floor = cost(case, min(way.bytes for way in ways), cold, unit)
-    contenders = [way.contender(layer, x, cold) for way in ways]
+    contenders = []
+    for way in ways:
+        try:
+            contenders.append(way.contender(layer, x, cold))
+        except RuntimeError as refused:  # as torchao does a single input feature
+            if way.kind != PEER:
+                raise
+            print(f"{way.name} is left out of {case.name}: {refused}", file=sys.stderr)
     return Setup(contenders, [exact], [floor])
 
 

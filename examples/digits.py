@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 BATCH_SIZE = 64
 LOWEST_ACCURACY = 0.98
+MOST_LOST = 0.005  # of accuracy, by quantizing
 
 
 class DigitsCNN(nn.Module):
@@ -226,6 +227,9 @@ def main() -> None:
     )
     if not same or min(accuracy.values()) < LOWEST_ACCURACY:
         sys.exit(f"digits: expected at least {LOWEST_ACCURACY:.0%} everywhere and C++ as Python")
+    lost = accuracy["welded"] - accuracy["quantized"]
+    if lost > MOST_LOST:
+        sys.exit(f"digits: expected quantizing to cost at most {MOST_LOST:.1%}, got {lost:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Benchmarks of the quantized linear: contenders agree, cold is cold, the rule is as fitted."""
 
 import collections
+import dataclasses
 import math
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torchweld.quantization import _rule
 from benchmarks import bench_quantized_linear as bench
 from benchmarks import cases, harness, linear_peers, linear_rule
 from benchmarks.linear_rule import Layer
-from benchmarks.records import OURS
+from benchmarks.records import OURS, PEER
 
 SMALL = cases.LinearCase(3, 48, 20)
 
@@ -73,6 +74,18 @@ def test_a_cold_contender_runs_through_more_weights_than_caches_hold(cold):
     else:
         assert len(made) == 1
     assert used == 3 * list(range(len(made)))
+
+
+def test_only_a_peer_may_refuse_a_layer(capsys):
+    def refuse(layer):
+        raise RuntimeError("one feature")
+
+    peer = bench.Way("peer", refuse, 1, 0.05, PEER)
+    setup = bench.against(SMALL, [bench.FLOAT32, peer, bench.INT8])
+    assert [one.name for one in setup.contenders] == ["float32", "torchweld"]
+    assert "peer is left out of 3x48x20: one feature" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="one feature"):
+        bench.against(SMALL, [dataclasses.replace(peer, kind=OURS)])
 
 
 def test_a_layer_that_strays_is_refused(monkeypatch):

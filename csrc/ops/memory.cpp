@@ -95,14 +95,19 @@ Pool& pool() {
 void trim_memory_pool() { pool().trim(static_cast<size_t>(config().memory_pool.load())); }
 
 Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFormat format) {
-  size_t bytes = size_of(*to_dtype(type));
+  const auto dtype = to_dtype(type);
+  size_t bytes = dtype ? size_of(*dtype) : 1;  // others are bytes
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes >= kSmallestPooled && config().memory_pool > 0) {
     if (const Block block = pool().take(bytes); block.data) {
-      const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-      const bool last = format == torch::headeronly::MemoryFormat::ChannelsLast;
-      const IntList strides =
-          last ? IntList{c * h * w, 1, w * c, c} : IntList{c * h * w, h * w, w, 1};
+      IntList strides(sizes.size());
+      if (format == torch::headeronly::MemoryFormat::ChannelsLast) {
+        const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
+        strides = {c * h * w, 1, w * c, c};
+      } else {
+        int64_t stride = 1;
+        for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+      }
       return torch::stable::from_blob(block.data, sizes, strides,
                                       torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                       type, [block](void*) { pool().give_back(block); });

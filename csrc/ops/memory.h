@@ -14,7 +14,8 @@ namespace torchweld::ops {
 // small blocks without giving them back.
 inline constexpr int64_t kSmallestPooled = int64_t{1} << 20;
 
-// An uninitialized 4-D tensor on the CPU, contiguous or channels_last.
+// An uninitialized tensor of a floating point type or of bytes on the CPU, contiguous or, with 4
+// dimensions, channels_last.
 Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFormat format);
 
 // Gives memory back to the system until the pool holds no more than it may.

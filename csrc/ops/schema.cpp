@@ -128,6 +128,9 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "int[] padding, int[] dilation, int groups, str algorithm, bool input_grad, "
       "bool weight_grad) -> (Tensor, Tensor)");
 
+  // A contiguous copy of a packed int8 or uint8 weight where reading it is fastest.
+  m.def("_in_huge_pages(Tensor packed_weight) -> Tensor");
+
   // activation(input @ (weight_scale * weight)^T + bias) + residual with every row of input
   // quantized on the fly to int8. input [..., K] float32, bfloat16 or float16, any strides; the
   // output has its dtype. K = in_features. packed_weight int8 [ceil(N/16), ceil(K/4), 16, 4] within

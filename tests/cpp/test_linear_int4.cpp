@@ -68,8 +68,7 @@ struct Result {
 Result run(Capability capability, const Layer& layer, LinearActivation activation) {
   const KernelTable& kernels = table(capability);
   const int64_t m = layer.m, n = layer.n, k = layer.k;
-  const int64_t stride =
-      std::max(round_up(k, kQuantizedRowAlign), layer.groups * layer.group_size);
+  const int64_t stride = std::max(round_up(k, kQuantizedRowAlign), layer.groups * layer.group_size);
   const auto quantized = array<int8_t>(m * stride);
   const auto group_sum = array<int32_t>(m * layer.groups);
   Result result{array<int32_t>(m * layer.groups * n), array<float>(m), array<float>(m * n)};
@@ -79,7 +78,8 @@ Result run(Capability capability, const Layer& layer, LinearActivation activatio
                                          .in_features = k,
                                          .quantized = quantized.get(),
                                          .quantized_stride = stride,
-                                         .scale = result.scale.get()});
+                                         .scale = result.scale.get(),
+                                         .group_size = 0});
   kernels.linear_int4->prepare({.quantized = quantized.get(),
                                 .quantized_stride = stride,
                                 .rows = m,
@@ -123,8 +123,8 @@ void check_values(const Layer& layer, const Result& result, bool is_linear) {
         CHECK(result.sums[(row * layer.groups + g) * layer.n + column] == sum,
               "sum at %ld, %ld, group %ld", static_cast<long>(row), static_cast<long>(column),
               static_cast<long>(g));
-        total = std::fma(static_cast<float>(sum), widen(layer.scale[layer.at(column, g)].bits),
-                         total);
+        total =
+            std::fma(static_cast<float>(sum), widen(layer.scale[layer.at(column, g)].bits), total);
       }
       const float expected = total * result.scale[row] + layer.bias[column];
       CHECK(!is_linear || result.output[row * layer.n + column] == expected,
@@ -157,14 +157,15 @@ void check_dequantize(int64_t n, int64_t k, int64_t group_size) {
   for (Capability capability : available_capabilities()) {
     for (int64_t first = 0; first < k; first += kPanel) {
       const auto tile = array<float>(n * kPanel);
-      table(capability).dequantize->int4_backward({.panels = layer.packed.get(),
-                                                   .weight_scale = layer.scale.get(),
-                                                   .weight_zero = layer.zero.get(),
-                                                   .groups = layer.groups,
-                                                   .group_size = group_size,
-                                                   .first = first,
-                                                   .columns = n,
-                                                   .output = tile.get()});
+      table(capability)
+          .dequantize->int4_backward({.panels = layer.packed.get(),
+                                      .weight_scale = layer.scale.get(),
+                                      .weight_zero = layer.zero.get(),
+                                      .groups = layer.groups,
+                                      .group_size = group_size,
+                                      .first = first,
+                                      .columns = n,
+                                      .output = tile.get()});
       for (int64_t j = 0; j < n; ++j) {
         for (int64_t i = first; i < std::min(k, first + kPanel); ++i) {
           const float scale = widen(layer.scale[layer.at(j, i / group_size)].bits);

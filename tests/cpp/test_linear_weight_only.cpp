@@ -88,12 +88,13 @@ void check_dequantize(int64_t n, int64_t k) {
   for (Capability capability : available_capabilities()) {
     for (int64_t first = 0; first < k; first += kPanel) {
       const auto tile = array<float>(n * kPanel);
-      table(capability).dequantize->backward({.panels = layer.packed.get(),
-                                              .quads = layer.quads,
-                                              .first = first,
-                                              .columns = n,
-                                              .weight_scale = layer.scale.get(),
-                                              .output = tile.get()});
+      table(capability)
+          .dequantize->backward({.panels = layer.packed.get(),
+                                 .quads = layer.quads,
+                                 .first = first,
+                                 .columns = n,
+                                 .weight_scale = layer.scale.get(),
+                                 .output = tile.get()});
       for (int64_t j = 0; j < n; ++j) {
         for (int64_t i = first; i < std::min(k, first + kPanel); ++i) {
           const float expected = static_cast<float>(layer.weight[j * k + i]) * layer.scale[j];

@@ -57,12 +57,15 @@ struct Result {
   std::unique_ptr<float[]> scale, output;
 };
 
-Result run(Capability capability, const Layer& layer, LinearActivation activation) {
+// With a scale for every group of k; 0: for every row.
+Result run(Capability capability, const Layer& layer, LinearActivation activation,
+           int64_t group_size) {
   const QuantizedLinearKernels& kernels = *table(capability).quantized_linear;
   const int64_t m = layer.m, n = layer.n, k = layer.k;
   const int64_t stride = round_up(k, kQuantizedRowAlign);
+  const int64_t groups = group_size && k ? (k + group_size - 1) / group_size : 1;
   const auto quantized = array<int8_t>(m * stride);
-  Result result{array<int32_t>(m * n), array<float>(m), array<float>(m * n)};
+  Result result{array<int32_t>(m * n), array<float>(m * groups), array<float>(m * n)};
   kernels.quantize[0]({.input = layer.x.get(),
                        .input_stride = k,
                        .rows = m,
@@ -70,7 +73,7 @@ Result run(Capability capability, const Layer& layer, LinearActivation activatio
                        .quantized = quantized.get(),
                        .quantized_stride = stride,
                        .scale = result.scale.get(),
-                       .group_size = 0});
+                       .group_size = group_size});
   QuantizedLinearBlock block{.quantized = quantized.get(),
                              .quantized_stride = stride,
                              .rows = m,
@@ -78,9 +81,9 @@ Result run(Capability capability, const Layer& layer, LinearActivation activatio
                              .weight_sum = layer.sum.get(),
                              .quads = layer.quads,
                              .columns = n,
-                             .group_quads = 0,
-                             .group_scale = nullptr,
-                             .epilogue = {.input_scale = result.scale.get(),
+                             .group_quads = group_size / kQuad,
+                             .group_scale = result.scale.get(),
+                             .epilogue = {.input_scale = group_size ? nullptr : result.scale.get(),
                                           .weight_scale = layer.scale.get(),
                                           .bias = layer.bias.get(),
                                           .activation = activation,
@@ -90,8 +93,10 @@ Result run(Capability capability, const Layer& layer, LinearActivation activatio
                                           .output = result.output.get(),
                                           .output_stride = n}};
   kernels.multiply[0](block);
-  block.epilogue.output = result.sums.get();
-  kernels.accumulate(block);
+  if (group_size == 0 && k <= kMaxSummed) {
+    block.epilogue.output = result.sums.get();
+    kernels.accumulate(block);
+  }
   return result;
 }
 
@@ -104,11 +109,11 @@ int64_t exact_sum(const Layer& layer, const Result& result, int64_t row, int64_t
   return sum;
 }
 
-void check(int64_t m, int64_t n, int64_t k, LinearActivation activation) {
+void check(int64_t m, int64_t n, int64_t k, LinearActivation activation, int64_t group_size = 0) {
   const Layer layer(m, n, k);
-  const Result expected = run(Capability::scalar, layer, activation);
+  const Result expected = run(Capability::scalar, layer, activation, group_size);
   for (Capability capability : available_capabilities()) {
-    const Result result = run(capability, layer, activation);
+    const Result result = run(capability, layer, activation, group_size);
     const auto same = [&](const auto& a, const auto& b, int64_t size) {
       CHECK(std::memcmp(a.get(), b.get(), size * sizeof a[0]) == 0, "%s: %ld x %ld x %ld",
             name(capability), static_cast<long>(m), static_cast<long>(n), static_cast<long>(k));
@@ -117,6 +122,7 @@ void check(int64_t m, int64_t n, int64_t k, LinearActivation activation) {
     same(result.sums, expected.sums, m * n);
     same(result.output, expected.output, m * n);
   }
+  if (group_size || k > kMaxSummed) return;
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t column = 0; column < n; ++column) {
       CHECK(expected.sums[row * n + column] == exact_sum(layer, expected, row, column),
@@ -131,7 +137,11 @@ void check(int64_t m, int64_t n, int64_t k, LinearActivation activation) {
 int main() {
   for (int64_t m : kRows) {
     for (int64_t n : kSizes) {
-      for (int64_t k : kSizes) check(m, n, k, static_cast<LinearActivation>((m + n + k) % 5));
+      for (int64_t k : kSizes) {
+        check(m, n, k, static_cast<LinearActivation>((m + n + k) % 5));
+        check(m, n, k, LinearActivation::identity, 8);
+      }
     }
   }
+  check(2, 17, kMaxSummed + 1, LinearActivation::identity);
 }

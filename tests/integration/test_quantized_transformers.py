@@ -154,6 +154,16 @@ def test_state_dict_is_smaller_and_loads(model, config):
     assert share < (0.16 if "int4" in config else 0.28)  # of small layers, whose biases weigh
 
 
+@configs
+def test_safetensors(config):
+    """Canonical tensors are plain ones: another tool's format holds them as it does any."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    _, quantized, given, output = make("BERT", config)
+    other = tw.quantize(bert()[0].eval(), CONFIGS[config][0], keep_small=False)
+    other.load_state_dict(safetensors.load(safetensors.save(quantized.state_dict())))
+    assert torch.equal(run(other, given, output), run(quantized, given, output))
+
+
 @models
 def test_in_bfloat16(model):
     stock, given, output = make(model)

@@ -156,6 +156,8 @@ def test_from_integers():
     x = randn(3, 37)
     assert torch.equal(tw.nn.QuantizedLinear.from_integers(*arguments)(x), module(x))
     only = tw.nn.WeightOnlyLinear.from_integers(*arguments)
+    assert only.weight_scale.data_ptr() != module.weight_scale.data_ptr()
+    assert only.bias.data_ptr() != module.bias.data_ptr()
     assert torch.equal(only(x), make("weight only", activation="gelu")[1](x))
     with pytest.raises(ValueError, match=r"from_integers: qweight: .*got -128"):
         tw.nn.QuantizedLinear.from_integers(

@@ -64,3 +64,15 @@ def test_a_call_leaves_nothing_behind(name):
         assert bytes_in_use() - before < 16 * calls
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 16, 4), (2, 3, 16, 4), (64, 512, 16, 4)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_packed_weight_in_huge_pages(shape, dtype):
+    weight = torch.randint(0, 127, (shape[0], shape[2], shape[1], shape[3])).to(dtype)
+    weight = weight.transpose(1, 2)
+    actual = torch.ops.torchweld._in_huge_pages(weight)
+    assert actual.is_contiguous()
+    assert actual.dtype == dtype
+    assert torch.equal(actual, weight)
+    torch.library.opcheck(torch.ops.torchweld._in_huge_pages, (weight,))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.test_quantized_linear import ACTIVATIONS, DTYPES, Weight, op, randn
+from tests.ops.int8_layer import ACTIVATIONS, DTYPES, Weight, op, randn
 from tests.reference import quantized_linear as reference
 from tests.tolerances import ROUNDOFF
 

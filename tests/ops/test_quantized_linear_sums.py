@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchweld as tw
 
-from tests.ops.test_quantized_linear import ACTIVATIONS, DTYPES, Weight, accumulators, op, randn
+from tests.ops.int8_layer import ACTIVATIONS, DTYPES, Weight, accumulators, op, randn
 from tests.reference import quantized_linear as reference
 from tests.tolerances import ROUNDOFF
 

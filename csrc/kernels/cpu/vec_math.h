@@ -6,17 +6,26 @@
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 
+// x 2^n for integers n of -150 to 256, rounded once.
+static inline VecF times_power_of_2(VecF x, VecF n) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  // In two factors, each a normal number: the product may be subnormal or infinite.
+  const VecI32 bits = (VecI32)(n + 12582912.0f) - (VecI32)broadcast<VecF>(12582912.0f);
+  const VecI32 half = bits >> 1;
+  return x * (VecF)((half + 127) << 23) * (VecF)((bits - half + 127) << 23);
+#endif
+}
+
 // e^x. Relative error about 2 ulp; underflows to 0, overflows to infinity, NaN stays NaN.
 static inline VecF exp(VecF x) {
   // Beyond these the result is 0 or infinity, and 2^n below would leave the exponent's range.
-  const VecF hi = broadcast<VecF>(89.0f), lo = broadcast<VecF>(-104.0f);
-  x = x > hi ? hi : x;
-  x = x < lo ? lo : x;
-  // n = x / ln 2 to the nearest integer: adding 1.5 * 2^23 leaves it in the low bits of the sum.
+  x = min(broadcast<VecF>(89.0f), x);
+  x = max(broadcast<VecF>(-104.0f), x);
+  // n = x / ln 2 to the nearest integer: 1.5 * 2^23 leaves no place for more digits.
   const VecF magic = broadcast<VecF>(12582912.0f);
-  const VecF sum = fma(x, broadcast<VecF>(1.44269504f), magic);
-  const VecF n = sum - magic;
-  const VecI32 n_bits = (VecI32)sum - (VecI32)magic;
+  const VecF n = fma(x, broadcast<VecF>(1.44269504f), magic) - magic;
   // r = x - n ln 2, with ln 2 in two parts (Cody and Waite); |r| <= ln 2 / 2.
   VecF r = fma(n, broadcast<VecF>(-0x1.62e400p-1f), x);
   r = fma(n, broadcast<VecF>(-0x1.7f7d1cp-20f), r);
@@ -28,15 +37,11 @@ static inline VecF exp(VecF x) {
   p = fma(p, r, broadcast<VecF>(0.5f));
   p = fma(p, r, broadcast<VecF>(1.0f));
   p = fma(p, r, broadcast<VecF>(1.0f));
-  // 2^n in two factors, each a normal number: the product may be subnormal or infinite.
-  const VecI32 half = n_bits >> 1;
-  const VecF first = (VecF)((half + 127) << 23);
-  const VecF second = (VecF)((n_bits - half + 127) << 23);
-  return p * first * second;
+  return times_power_of_2(p, n);
 }
 
 // NaN stays NaN.
-static inline VecF relu(VecF x) { return x < VecF{} ? VecF{} : x; }
+static inline VecF relu(VecF x) { return max(VecF{}, x); }
 
 // x * sigmoid(z)
 static inline VecF times_sigmoid(VecF x, VecF z) { return x / (exp(-z) + 1.0f); }
@@ -54,7 +59,7 @@ static inline VecF gelu_tanh(VecF x) {
 // ln(erfcx(t) / u) / v, so that erfc(0) = 1 exactly. The form is that of Numerical Recipes, 6.2.
 static inline VecF gelu(VecF x) {
   const VecI32 negative = x < VecF{};
-  const VecF t = (negative ? -x : x) * 0.70710678f;
+  const VecF t = (VecF)((VecI32)x & 0x7fffffff) * 0.70710678f;
   const VecF u = 2.0f / (t + 2.0f);
   const VecF v = 1.0f - u;
   VecF p = broadcast<VecF>(-0.08636048f);

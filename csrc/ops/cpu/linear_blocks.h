@@ -18,8 +18,10 @@ struct LinearProduct {
   int64_t row_bytes;  // of the rows in memory
 };
 
-// Products that hide the cost of handing them to another thread.
+// What hides the cost of handing it to another thread: products, and bytes of weights if few rows
+// leave these the longer part.
 inline constexpr int64_t kGrainProducts = 1 << 23;
+inline constexpr int64_t kGrainWeights = 1 << 19;
 
 // f(block) for blocks that cover the product, in parallel. Where they begin depends on shapes
 // alone, but for few rows their columns do not: then the sums of columns must not depend on the
@@ -35,13 +37,10 @@ void for_each_block(const LinearProduct& product, const F& f) {
   constexpr int64_t kRowBytes = 1 << 19;
 
   const auto [rows, columns, depth, row_bytes] = product;
-  const auto grain = [&](int64_t task_rows, int64_t task_columns) {
-    return kGrainProducts / (task_rows * task_columns * (depth + 1)) + 1;
-  };
   // The weight is read once, and fastest in few runs as long as they can be.
   if (rows <= kFewRows) {
-    parallel_for((columns + kFewColumns - 1) / kFewColumns, grain(rows, kFewColumns),
-                 [&](int64_t begin, int64_t end) {
+    parallel_for((columns + kFewColumns - 1) / kFewColumns,
+                 kGrainWeights / (kFewColumns * (depth + 1)) + 1, [&](int64_t begin, int64_t end) {
                    const int64_t column = begin * kFewColumns;
                    f(LinearBlock{0, rows, column, std::min(end * kFewColumns, columns) - column});
                  });
@@ -54,7 +53,8 @@ void for_each_block(const LinearProduct& product, const F& f) {
   while (row_tasks * column_tasks < kTasks && rows > 24 * row_tasks) row_tasks *= 2;
   const int64_t task_rows = std::max<int64_t>(((rows + row_tasks - 1) / row_tasks + 7) / 8 * 8, 16);
   row_tasks = (rows + task_rows - 1) / task_rows;
-  parallel_for(row_tasks * column_tasks, grain(task_rows, std::min(task_columns, columns)),
+  const int64_t task_products = task_rows * std::min(task_columns, columns) * (depth + 1);
+  parallel_for(row_tasks * column_tasks, kGrainProducts / task_products + 1,
                [&](int64_t begin, int64_t end) {
                  for (int64_t task = begin; task < end; ++task) {
                    const int64_t row = task / column_tasks * task_rows;

@@ -6,6 +6,7 @@
 #include "ops/cpu/linear_blocks.h"
 #include "ops/cpu/linear_rows.h"
 #include "ops/kernels.h"
+#include "ops/memory.h"
 #include "ops/parallel.h"
 
 namespace torchweld::ops {
@@ -93,7 +94,8 @@ Tensor quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale,
   check_group_size(op, input_group_size);
 
   const NoGradGuard no_grad;
-  Tensor output = torch::stable::new_empty(input, with_last_size(input, shape.out_features));
+  Tensor output = empty(with_last_size(input, shape.out_features), input.scalar_type(),
+                        torch::headeronly::MemoryFormat::Contiguous);
   const LinearTail tail(op, output, bias, residual, activation);
   if (output.numel() == 0) return output;
   const float* scale_data = weight_scale.const_data_ptr<float>();

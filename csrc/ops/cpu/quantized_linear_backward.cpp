@@ -23,9 +23,9 @@ constexpr int64_t kTileRows = 256;
 // multiply-adds in the order of n.
 template <class F>
 Tensor multiply(const Tensor& grad, int64_t rows, int64_t n, int64_t k, const F& dequantize) {
-  IntList sizes = with_last_size(grad, k);
   const NoGradGuard no_grad;
-  Tensor output = torch::stable::new_empty(grad, sizes);
+  Tensor output = empty(with_last_size(grad, k), grad.scalar_type(),
+                        torch::headeronly::MemoryFormat::Contiguous);
   if (output.numel() == 0) return output;
   if (n == 0) return torch::stable::zero_(output);
 

@@ -120,7 +120,8 @@ Tensor quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_s
                                   weight_zero, in_features, out_features);
 
   const NoGradGuard no_grad;
-  Tensor output = torch::stable::new_empty(input, with_last_size(input, out_features));
+  Tensor output = empty(with_last_size(input, out_features), input.scalar_type(),
+                        torch::headeronly::MemoryFormat::Contiguous);
   const LinearTail tail(op, output, bias, residual, activation);
   if (output.numel() == 0) return output;
   const auto multiply =

@@ -30,7 +30,8 @@ Tensor weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scal
       check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
 
   const NoGradGuard no_grad;
-  Tensor output = torch::stable::new_empty(input, with_last_size(input, shape.out_features));
+  Tensor output = empty(with_last_size(input, shape.out_features), input.scalar_type(),
+                        torch::headeronly::MemoryFormat::Contiguous);
   const LinearTail tail(op, output, bias, residual, activation);
   if (output.numel() == 0) return output;
   const int8_t* panels = packed_weight.const_data_ptr<int8_t>();

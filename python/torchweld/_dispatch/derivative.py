@@ -23,6 +23,7 @@ def register_autograd(
     overload = getattr(torch.ops.torchweld, op).default
     below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
 
+    redispatch = overload.redispatch
     # The dispatcher leaves out what has its default value at the end.
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)
 
@@ -41,8 +42,7 @@ def register_autograd(
     def autograd(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return apply(keyset, *args, *defaults[len(args) :])
-        with below():
-            return overload.redispatch(keyset & after, *args)
+        return redispatch(keyset & after, *args)
 
     # Without torch's wrapper, which looks for functorch's tensors: below the dispatcher are none.
     apply = super(torch.autograd.Function, Derivative).apply

@@ -16,6 +16,11 @@ _ops = torch.ops.torchweld
 _autocast = torch.library.Library("torchweld", "IMPL")
 
 
+@torch.library.register_fake("torchweld::_in_huge_pages")
+def _fake_in_huge_pages(packed_weight: Tensor) -> Tensor:
+    return packed_weight.new_empty(packed_weight.shape)
+
+
 def check_columns(op: str, argument: str, matrix: Tensor, columns: int) -> None:
     """Raise what the operator raises where ``matrix`` does not have so many columns."""
     torch._check(
@@ -54,8 +59,11 @@ def register_layer(op: str, weights: int, backward: str) -> None:
 
     def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, bias, output, *weight = ctx.saved_tensors
+        # The inputs of the operator are the last ones of the function.
         needed = ctx.needs_input_grad[-len(ctx.sizes) - 4 - weights :]
-        need_input, need_bias, need_residual = needed[0], *needed[1 + weights : 3 + weights]
+        need_input: bool = needed[0]
+        need_bias: bool = needed[1 + weights]
+        need_residual: bool = needed[2 + weights]
         grad_residual = grad.to(ctx.residual_dtype) if need_residual else None
         if ctx.activation != "identity" and (need_input or need_bias):
             if output is None:

@@ -221,6 +221,6 @@ class IntegerLinear(nn.Module):
         canonical = {name: tensor.detach() for name, tensor in (own | found).items()}
         for name, tensor in self.packed(canonical).items():
             if local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, name, tensor.clone())
+                setattr(self, name, tensor)
             else:
                 getattr(self, name).copy_(tensor)

@@ -56,7 +56,7 @@ class _Int8Linear(IntegerLinear):
         activation: str = "identity",
         **options: Any,
     ) -> Self:
-        """Build a layer of a weight that is quantized already.
+        """Build a layer of a weight that is quantized already. It shares no memory with it.
 
         Args:
             qweight: int8 ``[out_features, in_features]`` within [-127, 127].
@@ -81,6 +81,7 @@ class _Int8Linear(IntegerLinear):
             raise ValueError(where + problem)
         like = nn.Module()
         like.bias = bias  # type: ignore[assignment]
+        canonical["weight_scale"] = weight_scale.detach().clone()
         return module._set(canonical, like, where.removesuffix(": "))
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:

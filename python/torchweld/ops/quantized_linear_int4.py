@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchweld.ops.quantized_linear import PANEL
+from torchweld.ops.quantized_linear import PANEL, place_packed
 
 # Two quads: what a byte of a packed weight's octet holds side by side.
 OCTET = 8
@@ -57,7 +57,7 @@ def quantized_linear_int4(
     Note:
         With ``sum[g]`` the exact int32 sum over group ``g`` of int8 times ``u - zero``, and in
         float32: ``total = fma(sum[g], weight_scale[g], total)`` in the order of the groups, then
-        ``fma(total, input_scale, bias)``, the activation, the residual, and one rounding to the
+        ``total * input_scale + bias``, the activation, the residual, and one rounding to the
         dtype of ``input``. The result has the same bits on every CPU instruction set, for any
         number of threads, and whatever other rows are in the batch.
 
@@ -214,7 +214,7 @@ def pack_weight_int4(
     u = F.pad(u, (0, groups * group_size - in_features, 0, rows))
     octets = groups * group_size // OCTET
     low, high = u.view(panels, PANEL, octets, 2, OCTET // 2).unbind(3)
-    packed = (low | (high << 4)).transpose(1, 2).contiguous()
+    packed = place_packed((low | (high << 4)).transpose(1, 2))
 
     def pack(of_group: Tensor) -> Tensor:
         padded = F.pad(of_group, (0, 0, 0, rows)).view(panels, PANEL, groups)

@@ -17,8 +17,8 @@ def weight_only_linear(
 ) -> Tensor:
     """Apply ``activation(input @ weight.T + bias) + residual`` with an int8 weight.
 
-    The activations stay floating point: the weight is the only thing that was rounded. It is
-    never written out as floats but for tiles that a core's cache holds.
+    The activations stay floating point: the weight is the only thing that was rounded. It becomes
+    floats in registers and is never written out as such.
 
     Args:
         input: ``[..., in_features]`` in float32, bfloat16 or float16, any strides.
@@ -40,10 +40,9 @@ def weight_only_linear(
     Note:
         In float32, products with the integers are summed by one chain of fused multiply-adds over
         K; then ``fma(sum, weight_scale, bias)``, the activation, the residual, and one rounding to
-        the dtype of ``input``. A batch of many rows takes another path through memory but sums in
-        the same order: the result has the same bits on every CPU instruction set, for any number of
-        threads, and whatever other rows are in the batch. Scales meet the sum and not the weight,
-        so a sum may overflow where a float layer's would not: inputs beyond 1e36 or so.
+        the dtype of ``input``. The result has the same bits on every CPU instruction set, for any
+        number of threads, and whatever other rows are in the batch. Scales meet the sum and not the
+        weight, so a sum may overflow where a float layer's would not: inputs beyond 1e36 or so.
 
         Differentiable in ``input``, ``bias`` and ``residual``. Under autocast ``input`` is cast to
         the autocast dtype, everything else is left as it is.

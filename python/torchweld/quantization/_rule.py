@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torchweld.quantization._configs import Config, Int4, Int8, Int8WeightOnly
 
-# Smallest number of input and of output features, for each config: as benchmarks/linear_rule.py fits
-# them to benchmarks/results/rule/linear.csv.
+# Smallest number of input and of output features, for each config: as benchmarks/linear_rule.py
+# fits them to benchmarks/results/rule/linear.csv.
 SMALLEST: dict[type, tuple[int, int]] = {
     Int8: (128, 64),
     Int8WeightOnly: (128, 64),
