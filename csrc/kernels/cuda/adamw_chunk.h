@@ -42,6 +42,24 @@ TORCHWELD_INLINE RandomBits random_at(int64_t index, uint64_t key) {
       static_cast<uint32_t>(key >> 32));
 }
 
+TORCHWELD_INLINE uint32_t upper(uint16_t bits) { return static_cast<uint32_t>(bits) << 16; }
+TORCHWELD_INLINE uint16_t upper_half(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
+
+// Steps a parameter, and its compensation if this rounding has one, with its new moments.
+template <AdamWRounding kRounding, class T>
+TORCHWELD_INLINE void step_weight(const LowBitStep& step, T& p, uint16_t& c, float m, float v,
+                                  RandomBits bits) {
+  if constexpr (__is_same(T, BFloat16)) {
+    Weight16<kRounding> w{upper(p.bits), 0};
+    if constexpr (kCompensated<kRounding>) w.compensation = upper(c);
+    w = Weight16<kRounding>::of(step.weight(w.value(), m, v), bits.other16());
+    p.bits = upper_half(w.param);
+    if constexpr (kCompensated<kRounding>) c = upper_half(w.compensation);
+  } else {
+    p = from_vec<T>(step.weight(to_vec(p), m, v));
+  }
+}
+
 // The launchers of one kind of states each.
 cudaError_t launch_like_param(const AdamWKind& kind, const AdamWStepParams& params,
                               cudaStream_t stream);
