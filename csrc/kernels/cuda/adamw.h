@@ -87,7 +87,7 @@ cudaError_t launch_total(const TotalParams& params, cudaStream_t stream);
 
 // --- step ----------------------------------------------------------------------------------------
 struct AdamWPrepareParams {
-  // Of the gradients: what launch_sum_of_squares left. pieces = 0: no norm is needed.
+  // Of the gradients: what launch_sum_of_squares left. Null: no norm is needed.
   const double* squares;
   const int64_t* nonfinite;
   int64_t pieces;

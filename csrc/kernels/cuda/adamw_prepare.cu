@@ -139,7 +139,7 @@ TORCHWELD_INLINE Decision decide(const AdamWPrepareParams& params, double square
   const double unscale = unscales ? 1 / scalar(params.loss_scale, params.loss_scale_dtype) : 1.0;
   const double factor = params.grad_scale != nullptr ? *params.grad_scale : 1.0;
   const bool elsewhere = params.sum_of_squares != nullptr;
-  const bool has_norm = elsewhere || params.pieces > 0;
+  const bool has_norm = elsewhere || params.squares != nullptr;
   double norm = __longlong_as_double(0x7ff8000000000000LL), clip = 1;
   int32_t skipped = 0;
   if (has_norm) {
