@@ -22,7 +22,7 @@ inline constexpr int64_t kMaxSummed = INT32_MAX / (127 * 127);
 inline constexpr int64_t kMaxInFeatures = 1 << 24;
 
 // Rows to quantize. A quantized row is opaque: only the kernels of the same instruction set read
-// it. Whole registers are written, so its stride is K rounded up to kQuantizedRowAlign at least.
+// it. Whole quads are written, so its stride is K rounded up to kQuad at least.
 struct QuantizeRows {
   const void* input;  // rows of in_features consecutive elements
   int64_t input_stride;
@@ -33,7 +33,6 @@ struct QuantizeRows {
   float* scale;        // [rows][groups]
   int64_t group_size;  // 0: the row is one group; else a multiple of kQuad
 };
-inline constexpr int64_t kQuantizedRowAlign = 64;
 
 // A block of the product: all given rows times the panels that hold columns [0, columns).
 struct QuantizedLinearBlock {

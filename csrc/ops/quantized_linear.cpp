@@ -3,11 +3,6 @@
 #include "ops/check.h"
 
 namespace torchweld::ops {
-namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
 
 LinearShape check_quantized_linear(const char* op, const char* argument, const Tensor& matrix,
                                    bool columns_are_in_features, const Tensor& packed_weight,
@@ -26,8 +21,8 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
   LinearShape shape{.rows = 1,
                     .in_features = in_features,
                     .out_features = weight_scale.size(0),
-                    .panels = ceil_div(weight_scale.size(0), kernels::kPanelColumns),
-                    .quads = ceil_div(in_features, kernels::kQuad)};
+                    .panels = divide_up(weight_scale.size(0), kernels::kPanelColumns),
+                    .quads = divide_up(in_features, kernels::kQuad)};
   TORCHWELD_CHECK(packed_weight.scalar_type() == ScalarType::Char && packed_weight.dim() == 4 &&
                       packed_weight.size(0) == shape.panels &&
                       packed_weight.size(1) == shape.quads &&

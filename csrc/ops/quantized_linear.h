@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/quantized_linear.h"
+#include "ops/divide.h"
 #include "ops/linear.h"
 
 namespace torchweld::ops {
@@ -16,7 +17,7 @@ struct LinearShape {
 
   // Scales of an input row; even one of no elements has one.
   int64_t groups(int64_t group_size) const {
-    return group_size && in_features ? (in_features + group_size - 1) / group_size : 1;
+    return group_size && in_features ? divide_up(in_features, group_size) : 1;
   }
 };
 

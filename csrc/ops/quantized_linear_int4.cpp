@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops/check.h"
+#include "ops/divide.h"
 
 namespace torchweld::ops {
 namespace {
@@ -38,7 +39,7 @@ LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument
   LinearInt4Shape shape{.rows = 1,
                         .in_features = in_features,
                         .out_features = out_features,
-                        .panels = (out_features + kPanelColumns - 1) / kPanelColumns,
+                        .panels = divide_up(out_features, kPanelColumns),
                         .groups = 0,
                         .group_size = 0};
   TORCHWELD_CHECK(weight_scale.scalar_type() == ScalarType::BFloat16 && weight_scale.dim() == 3 &&

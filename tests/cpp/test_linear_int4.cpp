@@ -68,7 +68,7 @@ struct Result {
 Result run(Capability capability, const Layer& layer, LinearActivation activation) {
   const KernelTable& kernels = table(capability);
   const int64_t m = layer.m, n = layer.n, k = layer.k;
-  const int64_t stride = std::max(round_up(k, kQuantizedRowAlign), layer.groups * layer.group_size);
+  const int64_t stride = layer.groups * layer.group_size;
   const auto quantized = array<int8_t>(m * stride);
   const auto group_sum = array<int32_t>(m * layer.groups);
   Result result{array<int32_t>(m * layer.groups * n), array<float>(m), array<float>(m * n)};

@@ -62,7 +62,7 @@ Result run(Capability capability, const Layer& layer, LinearActivation activatio
            int64_t group_size) {
   const QuantizedLinearKernels& kernels = *table(capability).quantized_linear;
   const int64_t m = layer.m, n = layer.n, k = layer.k;
-  const int64_t stride = round_up(k, kQuantizedRowAlign);
+  const int64_t stride = round_up(k, kQuad);
   const int64_t groups = group_size && k ? (k + group_size - 1) / group_size : 1;
   const auto quantized = array<int8_t>(m * stride);
   Result result{array<int32_t>(m * n), array<float>(m * groups), array<float>(m * n)};
@@ -111,6 +111,7 @@ int64_t exact_sum(const Layer& layer, const Result& result, int64_t row, int64_t
 
 void check(int64_t m, int64_t n, int64_t k, LinearActivation activation, int64_t group_size = 0) {
   const Layer layer(m, n, k);
+  const int64_t groups = group_size && k ? (k + group_size - 1) / group_size : 1;
   const Result expected = run(Capability::scalar, layer, activation, group_size);
   for (Capability capability : available_capabilities()) {
     const Result result = run(capability, layer, activation, group_size);
@@ -118,7 +119,7 @@ void check(int64_t m, int64_t n, int64_t k, LinearActivation activation, int64_t
       CHECK(std::memcmp(a.get(), b.get(), size * sizeof a[0]) == 0, "%s: %ld x %ld x %ld",
             name(capability), static_cast<long>(m), static_cast<long>(n), static_cast<long>(k));
     };
-    same(result.scale, expected.scale, m);
+    same(result.scale, expected.scale, m * groups);
     same(result.sums, expected.sums, m * n);
     same(result.output, expected.output, m * n);
   }

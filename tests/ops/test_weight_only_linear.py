@@ -142,6 +142,13 @@ def test_does_not_depend_on_the_batch():
         assert torch.equal(layer(x[rows], "gelu"), whole[rows])
 
 
+def test_rows_beyond_what_is_interleaved_at_a_time():
+    layer, x, residual = Weight(17, 40000), randn(300, 40000), randn(300, 17, seed=7)
+    whole = layer(x, "gelu", residual)
+    for rows in (slice(0, 100), slice(100, 200), slice(200, 300)):
+        assert torch.equal(layer(x[rows], "gelu", residual[rows]), whole[rows])
+
+
 def test_does_not_depend_on_the_number_of_threads():
     layer, x, g = Weight(300, 700), randn(600, 700), randn(600, 300, seed=3)
     threads = torch.get_num_threads()

@@ -197,13 +197,15 @@ inline void store_quantized(int8_t* p, VecF x, VecF inverse) {
   memcpy(p, &q, sizeof q);
 }
 
+constexpr int64_t whole_quads(int64_t size) { return ceil_div(size, kQuad) * kQuad; }
+
 template <class T>
 float quantize_group(const T* x, int64_t size, int8_t* quantized) {
   constexpr int32_t kInfinityBits = 0x7f800000;
   constexpr float kTiny = 0x1p-126f;
   const int32_t bits = largest_bits(x, size);
   if (bits >= kInfinityBits) {
-    memset(quantized, kFlip, (size_t)((size + kQuad - 1) / kQuad * kQuad));
+    memset(quantized, kFlip, (size_t)whole_quads(size));
     return __builtin_nanf("");
   }
   float largest;
@@ -213,7 +215,11 @@ float quantize_group(const T* x, int64_t size, int8_t* quantized) {
   const VecF inverse = broadcast<VecF>(1.0f / scale);
   int64_t k = 0;
   for (; k + kLanesF <= size; k += kLanesF) store_quantized(quantized + k, load(x + k), inverse);
-  if (k < size) store_quantized(quantized + k, load_partial(x + k, size - k), inverse);
+  if (k < size) {
+    int8_t last[kLanesF];
+    store_quantized(last, load_partial(x + k, size - k), inverse);
+    memcpy(quantized + k, last, (size_t)whole_quads(size - k));
+  }
   return scale;
 }
 

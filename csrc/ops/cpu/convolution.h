@@ -15,12 +15,11 @@
 #include "kernels/gemm.h"
 #include "ops/aten.h"
 #include "ops/cpu/block_moments.h"
+#include "ops/divide.h"
 
 namespace torchweld::ops {
 
 using kernels::BFloat16;
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct ConvolutionShape {
   int64_t batch;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "ops/divide.h"
 #include "ops/parallel.h"
 
 namespace torchweld::ops {
@@ -39,8 +40,8 @@ void for_each_block(const LinearProduct& product, const F& f) {
   const auto [rows, columns, depth, row_bytes] = product;
   // The weight is read once, and fastest in few runs as long as they can be.
   if (rows <= kFewRows) {
-    parallel_for((columns + kFewColumns - 1) / kFewColumns,
-                 kGrainWeights / (kFewColumns * (depth + 1)) + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(divide_up(columns, kFewColumns), kGrainWeights / (kFewColumns * (depth + 1)) + 1,
+                 [&](int64_t begin, int64_t end) {
                    const int64_t column = begin * kFewColumns;
                    f(LinearBlock{0, rows, column, std::min(end * kFewColumns, columns) - column});
                  });
@@ -48,11 +49,11 @@ void for_each_block(const LinearProduct& product, const F& f) {
   }
   const int64_t task_columns =
       rows * columns < kTasks * kColumns * kColumns ? kColumns / 2 : kColumns;
-  const int64_t column_tasks = (columns + task_columns - 1) / task_columns;
-  int64_t row_tasks = (rows * row_bytes + kRowBytes - 1) / kRowBytes;
+  const int64_t column_tasks = divide_up(columns, task_columns);
+  int64_t row_tasks = divide_up(rows * row_bytes, kRowBytes);
   while (row_tasks * column_tasks < kTasks && rows > 24 * row_tasks) row_tasks *= 2;
-  const int64_t task_rows = std::max<int64_t>(((rows + row_tasks - 1) / row_tasks + 7) / 8 * 8, 16);
-  row_tasks = (rows + task_rows - 1) / task_rows;
+  const int64_t task_rows = std::max<int64_t>(round_up(divide_up(rows, row_tasks), 8), 16);
+  row_tasks = divide_up(rows, task_rows);
   const int64_t task_products = task_rows * std::min(task_columns, columns) * (depth + 1);
   parallel_for(row_tasks * column_tasks, kGrainProducts / task_products + 1,
                [&](int64_t begin, int64_t end) {

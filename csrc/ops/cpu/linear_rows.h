@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "ops/cpu/scratch.h"
+#include "ops/divide.h"
 #include "ops/kernels.h"
 #include "ops/parallel.h"
 #include "ops/torch_compat.h"
@@ -23,6 +24,13 @@ struct Rows {
   Tensor tensor;
   int64_t stride;
 };
+
+// Bytes from one quantized row to the next: whole cache lines, and not a multiple of 4096, which
+// would map all rows to the same lines of the first cache.
+constexpr int64_t quantized_stride(int64_t in_features) {
+  const int64_t stride = round_up(in_features, 64) + 64;
+  return stride % 4096 == 0 ? stride + 64 : stride;
+}
 
 // The same as float32, and no stride that would map all rows to the same lines of the first cache.
 class FloatRows {

@@ -23,8 +23,6 @@ constexpr int64_t kScratchBytes = 8 << 20;
 // Elements whose quantization hides the cost of handing them to another thread.
 constexpr int64_t kGrainElements = 1 << 16;
 
-constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
 struct Operands {
   const LinearShape& shape;
   const Tensor& input;
@@ -49,8 +47,7 @@ void multiply_quantized(const Operands& of, const F& run) {
   const int32_t* sums = of.weight_sum.const_data_ptr<int32_t>();
   const int64_t groups = shape.groups(of.group_size);
 
-  // A stride that is a multiple of 4096 would map all rows to the same lines of the first cache.
-  const int64_t stride = round_up(shape.in_features, kernels::kQuantizedRowAlign) + 64;
+  const int64_t stride = quantized_stride(shape.in_features);
   const int64_t chunk = std::min(shape.rows, std::max<int64_t>(64, kScratchBytes / stride / 8 * 8));
   const Scratch scratch(chunk * stride / 4);
   auto* quantized = reinterpret_cast<int8_t*>(scratch.data());

@@ -37,8 +37,8 @@ Tensor multiply(const Tensor& grad, int64_t rows, int64_t n, int64_t k, const F&
   const int64_t element = output.element_size();
   char* data = static_cast<char*>(output.mutable_data_ptr());
 
-  const int64_t column_tasks = (k + kPanel - 1) / kPanel;
-  const int64_t row_tasks = (rows + kTileRows - 1) / kTileRows;
+  const int64_t column_tasks = divide_up(k, kPanel);
+  const int64_t row_tasks = divide_up(rows, kTileRows);
   const int64_t most_rows = std::min(kTileRows, rows);
   parallel_for(row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
     const Scratch tile(kTileDepth * kPanel), sums(is_float ? 0 : most_rows * kPanel);

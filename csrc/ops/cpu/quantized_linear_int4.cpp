@@ -1,6 +1,5 @@
 // The int4 linear layer: rows are quantized to int8, then multiplied block by block.
 #include <algorithm>
-#include <memory>
 
 #include "ops/check.h"
 #include "ops/cpu/linear_rows.h"
@@ -25,8 +24,6 @@ constexpr int64_t kTaskColumns = 6 * kPanelColumns;
 constexpr int64_t kGrainElements = 1 << 15;  // quantized
 constexpr int64_t kGrainProducts = 1 << 21;  // multiplied
 
-constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
 struct Weight {
   const uint8_t* panels;
   const BFloat16* scale;
@@ -45,18 +42,16 @@ void for_each_block(const LinearInt4Shape& shape, const Tensor& input, const Wei
   const char* data = static_cast<const char*>(rows.tensor.const_data_ptr());
   const int64_t row_bytes = rows.stride * static_cast<int64_t>(input.element_size());
 
-  // A stride that is a multiple of 4096 would map all rows to the same lines of the first cache.
-  const int64_t stride = round_up(std::max(shape.in_features, shape.padded_in_features()),
-                                  kernels::kQuantizedRowAlign) +
-                         64;
+  const int64_t stride = quantized_stride(shape.padded_in_features());
   const int64_t chunk = std::min(shape.rows, std::max<int64_t>(64, kScratchBytes / stride / 8 * 8));
   const Scratch scratch(chunk * stride / 4);
-  const std::unique_ptr<int32_t[]> group_sum(new int32_t[chunk * shape.groups + 1]);
   auto* quantized = reinterpret_cast<int8_t*>(scratch.data());
+  const Scratch sums(chunk * shape.groups);
+  auto* group_sum = reinterpret_cast<int32_t*>(sums.data());
 
   // The rows of a task, half a megabyte of them, stay in the second cache.
   const int64_t task_rows = std::clamp<int64_t>((1 << 19) / stride / 8 * 8, 32, 256);
-  const int64_t column_tasks = (shape.out_features + kTaskColumns - 1) / kTaskColumns;
+  const int64_t column_tasks = divide_up(shape.out_features, kTaskColumns);
   const int64_t task_products = std::max<int64_t>(
       1, std::min(task_rows, shape.rows) * stride * std::min(kTaskColumns, shape.out_features));
 
@@ -77,9 +72,9 @@ void for_each_block(const LinearInt4Shape& shape, const Tensor& input, const Wei
                .in_features = shape.in_features,
                .groups = shape.groups,
                .group_size = shape.group_size,
-               .group_sum = group_sum.get() + begin * shape.groups});
+               .group_sum = group_sum + begin * shape.groups});
     });
-    const int64_t row_tasks = (count + task_rows - 1) / task_rows;
+    const int64_t row_tasks = divide_up(count, task_rows);
     parallel_for(row_tasks * column_tasks, kGrainProducts / task_products + 1,
                  [&](int64_t begin, int64_t end) {
                    for (int64_t task = begin; task < end; ++task) {
@@ -88,7 +83,7 @@ void for_each_block(const LinearInt4Shape& shape, const Tensor& input, const Wei
                      LinearInt4Block block{
                          .quantized = quantized + row * stride,
                          .quantized_stride = stride,
-                         .group_sum = group_sum.get() + row * shape.groups,
+                         .group_sum = group_sum + row * shape.groups,
                          .rows = std::min(task_rows, count - row),
                          .panels = weight.panels + column * shape.padded_in_features() / 2,
                          .weight_scale = weight.scale + column * shape.groups,
@@ -126,11 +121,11 @@ Tensor quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_s
   if (output.numel() == 0) return output;
   const auto multiply =
       cpu_kernels().linear_int4->multiply[static_cast<size_t>(*to_dtype(input.scalar_type()))];
-  const std::unique_ptr<float[]> input_scale(new float[shape.rows]);
+  const Scratch input_scale(shape.rows);
   for_each_block(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
-                 input_scale.get(), [&](LinearInt4Block& block, int64_t row, int64_t column) {
+                 input_scale.data(), [&](LinearInt4Block& block, int64_t row, int64_t column) {
                    block.epilogue = tail.at(row, column);
-                   block.epilogue.input_scale = input_scale.get() + row;
+                   block.epilogue.input_scale = input_scale.data() + row;
                    multiply(block);
                  });
   return output;

@@ -16,11 +16,12 @@ using kernels::kQuad;
 constexpr int64_t kTaskColumns = 64;
 constexpr int64_t kTaskRows = 16 * kInterleavedRows;
 
+// Floats of interleaved rows made at a time: bounds the scratch memory of a call.
+constexpr int64_t kScratchFloats = 4 << 20;
+
 // Work that hides the cost of handing it to another thread.
 constexpr int64_t kGrainElements = 1 << 15;  // interleaved
 constexpr int64_t kGrainProducts = 1 << 19;  // multiplied
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Tensor weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale,
                           std::optional<Tensor> bias, std::optional<Tensor> residual,
@@ -42,38 +43,41 @@ Tensor weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scal
   const Rows rows(input);
   const char* data = static_cast<const char*>(rows.tensor.const_data_ptr());
   const int64_t row_bytes = rows.stride * static_cast<int64_t>(input.element_size());
-  const Scratch interleaved(shape.rows * in_features);
-  parallel_for(
-      divide_up(shape.rows, kInterleavedRows),
-      kGrainElements / (kInterleavedRows * in_features + 1) + 1, [&](int64_t begin, int64_t end) {
-        const int64_t row = begin * kInterleavedRows;
-        kernels.interleave[dtype]({.input = data + row * row_bytes,
-                                   .input_stride = rows.stride,
-                                   .rows = std::min(end * kInterleavedRows, shape.rows) - row,
-                                   .in_features = in_features,
-                                   .output = interleaved.data() + row * in_features});
-      });
-
+  const int64_t chunk = std::min(
+      shape.rows, std::max(kScratchFloats / (in_features + 1) / kTaskRows, int64_t{1}) * kTaskRows);
+  const Scratch interleaved(chunk * in_features);
   const int64_t column_tasks = divide_up(shape.out_features, kTaskColumns);
-  const int64_t row_tasks = divide_up(shape.rows, kTaskRows);
   const int64_t products =
       std::min(kTaskRows, shape.rows) * std::min(kTaskColumns, shape.out_features) * in_features;
-  parallel_for(row_tasks * column_tasks, kGrainProducts / (products + 1) + 1,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t task = begin; task < end; ++task) {
-                   const int64_t row = task / column_tasks * kTaskRows;
-                   const int64_t column = task % column_tasks * kTaskColumns;
-                   kernels::WeightOnlyBlock block{
-                       .input = interleaved.data() + row * in_features,
-                       .rows = std::min(kTaskRows, shape.rows - row),
-                       .in_features = in_features,
-                       .panels = panels + column * shape.quads * kQuad,
-                       .columns = std::min(kTaskColumns, shape.out_features - column),
-                       .epilogue = tail.at(row, column)};
-                   block.epilogue.weight_scale = scale_data + column;
-                   kernels.multiply[dtype](block);
-                 }
-               });
+  for (int64_t first = 0; first < shape.rows; first += chunk) {
+    const int64_t count = std::min(chunk, shape.rows - first);
+    parallel_for(divide_up(count, kInterleavedRows),
+                 kGrainElements / (kInterleavedRows * in_features + 1) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   const int64_t row = begin * kInterleavedRows;
+                   kernels.interleave[dtype]({.input = data + (first + row) * row_bytes,
+                                              .input_stride = rows.stride,
+                                              .rows = std::min(end * kInterleavedRows, count) - row,
+                                              .in_features = in_features,
+                                              .output = interleaved.data() + row * in_features});
+                 });
+    parallel_for(divide_up(count, kTaskRows) * column_tasks, kGrainProducts / (products + 1) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t row = task / column_tasks * kTaskRows;
+                     const int64_t column = task % column_tasks * kTaskColumns;
+                     kernels::WeightOnlyBlock block{
+                         .input = interleaved.data() + row * in_features,
+                         .rows = std::min(kTaskRows, count - row),
+                         .in_features = in_features,
+                         .panels = panels + column * shape.quads * kQuad,
+                         .columns = std::min(kTaskColumns, shape.out_features - column),
+                         .epilogue = tail.at(first + row, column)};
+                     block.epilogue.weight_scale = scale_data + column;
+                     kernels.multiply[dtype](block);
+                   }
+                 });
+  }
   return output;
 }
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 library = torch.library.Library("torchweld", "IMPL")
 
@@ -22,7 +24,6 @@ def register_autograd(
     """
     overload = getattr(torch.ops.torchweld, op).default
     below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
-
     redispatch = overload.redispatch
     # The dispatcher leaves out what has its default value at the end.
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)
@@ -30,8 +31,9 @@ def register_autograd(
     class Derivative(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            with below():
-                output = overload.redispatch(keyset & after, *args)
+            # Off in a function, but levels of torch.func below may want a gradient too.
+            with below(), torch.enable_grad():
+                output = redispatch(keyset & after, *args)
             setup_context(ctx, args, output)
             return output
 
@@ -40,11 +42,18 @@ def register_autograd(
             return (None, *backward(ctx, *grads))
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return apply(keyset, *args, *defaults[len(args) :])
-        return redispatch(keyset & after, *args)
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        # In forward mode the function refuses tangents, which would be lost without a word.
+        if not wanted and forward_ad._current_level < 0:
+            return redispatch(keyset & after, *args)
+        args += defaults[len(args) :]
+        if not torch._C._are_functorch_transforms_active():
+            return apply(keyset, *args)
+        # The dispatcher comes here once for every level that wants a gradient.
+        with enable_single_level_autograd_function():
+            return apply(keyset, *args)
 
-    # Without torch's wrapper, which looks for functorch's tensors: below the dispatcher are none.
+    # Without torch's wrapper, which looks for functorch's levels: the dispatcher has done so.
     apply = super(torch.autograd.Function, Derivative).apply
     Derivative.__name__ = f"{op}_derivative"
     library.impl(op, autograd, "Autograd", with_keyset=True)

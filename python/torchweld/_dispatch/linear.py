@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.amp.autocast_mode import _cast
 
 from torchweld._dispatch.derivative import register_autograd
-from torchweld._dispatch.quantized_linear import activation_gradient
 
 _ops = torch.ops.torchweld
 _autocast = torch.library.Library("torchweld", "IMPL")
@@ -29,17 +28,17 @@ def check_columns(op: str, argument: str, matrix: Tensor, columns: int) -> None:
     )
 
 
-def register_layer(op: str, weights: int, backward: str) -> None:
-    """Register the derivative of ``op(input, *weight, bias, residual, *sizes, activation)``.
+def register_layer(op: str, backward: str, weights: int, backward_weights: int) -> None:
+    """Register the derivative of ``op(input, *weight, bias, residual, *sizes, activation, ...)``.
 
     ``weight`` is so many tensors, the second of them the scale, and ``sizes`` are integers. The
-    operator ``backward(grad, *weight, *sizes)`` gives the gradient of the input. Every step is
-    itself differentiable, so gradients of gradients come out of the same lines.
+    operator ``backward(grad, *weight[:backward_weights], *sizes)`` gives the gradient of the input.
+    Every step is itself differentiable, so gradients of gradients come out of the same lines.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight = inputs[0], inputs[1 : 1 + weights]
-        bias, residual, *ctx.sizes, ctx.activation = inputs[1 + weights :]
+        bias, residual, *ctx.how = inputs[1 + weights :]
         if weight[1].requires_grad:
             raise RuntimeError(
                 f"torchweld::{op}: weight_scale: has no gradient; expected a tensor with "
@@ -47,6 +46,7 @@ def register_layer(op: str, weights: int, backward: str) -> None:
             )
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.activation = next(x for x in ctx.how if isinstance(x, str))
         # ReLU is read off its output; the others need their input, which costs a second product.
         from_output = ctx.activation == "relu" and residual is None
         again = ctx.activation != "identity" and not from_output
@@ -59,22 +59,40 @@ def register_layer(op: str, weights: int, backward: str) -> None:
 
     def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, bias, output, *weight = ctx.saved_tensors
-        # The inputs of the operator are the last ones of the function.
-        needed = ctx.needs_input_grad[-len(ctx.sizes) - 4 - weights :]
-        need_input: bool = needed[0]
-        need_bias: bool = needed[1 + weights]
-        need_residual: bool = needed[2 + weights]
-        grad_residual = grad.to(ctx.residual_dtype) if need_residual else None
+        _, need_input, *needed = ctx.needs_input_grad  # the first is the key set
+        need_bias, need_residual = needed[weights : weights + 2]
+        grad_input = grad_bias = grad_residual = None
+        if need_residual:
+            grad_residual = grad.to(ctx.residual_dtype)
         if ctx.activation != "identity" and (need_input or need_bias):
             if output is None:
-                output = getattr(_ops, op)(input, *weight, bias, None, *ctx.sizes, "identity")
+                how = ["identity" if isinstance(x, str) else x for x in ctx.how]
+                output = getattr(_ops, op)(input, *weight, bias, None, *how)
             grad = activation_gradient(ctx.activation, grad, output)
-        grad_input = getattr(_ops, backward)(grad, *weight, *ctx.sizes) if need_input else None
-        grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype) if need_bias else None
-        nothing = [None] * weights
-        return (grad_input, *nothing, grad_bias, grad_residual, *[None] * len(ctx.sizes), None)
+        if need_input:
+            sizes = ctx.how[: ctx.how.index(ctx.activation)]
+            grad_input = getattr(_ops, backward)(grad, *weight[:backward_weights], *sizes)
+        if need_bias:
+            grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+        return (grad_input, *[None] * weights, grad_bias, grad_residual, *[None] * len(ctx.how))
 
     register_autograd(op, setup, gradient)
+
+
+def activation_gradient(activation: str, grad: Tensor, x: Tensor) -> Tensor:
+    """``grad`` times the derivative of the activation at ``x``; ReLU's may be its output."""
+    result: Tensor
+    if activation == "relu":
+        result = torch.ops.aten.threshold_backward(grad, x, 0)
+    elif activation == "silu" and torch.is_grad_enabled():
+        sigmoid = torch.sigmoid(x)  # aten.silu_backward has no derivative of its own
+        result = grad * (sigmoid * (1 + x * (1 - sigmoid)))
+    elif activation == "silu":
+        result = torch.ops.aten.silu_backward(grad, x)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        result = torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
+    return result
 
 
 def register_backward(op: str, double: Callable[..., Tensor]) -> None:

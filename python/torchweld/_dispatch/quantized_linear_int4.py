@@ -70,7 +70,9 @@ def _double_backward(
     return grad @ dequantize_int4(*weight, in_features, group_size or OCTET).T.to(grad.dtype)
 
 
-register_layer("quantized_linear_int4", weights=3, backward="quantized_linear_int4_backward")
+register_layer(
+    "quantized_linear_int4", "quantized_linear_int4_backward", weights=3, backward_weights=3
+)
 register_backward("quantized_linear_int4_backward", _double_backward)
 register_autocast("quantized_linear_int4", casts=True)
 register_autocast("quantized_linear_int4_backward", casts=False)

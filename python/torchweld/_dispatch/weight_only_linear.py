@@ -22,5 +22,5 @@ def _fake(
     return input.new_empty([*input.shape[:-1], weight_scale.shape[0]])
 
 
-register_layer("weight_only_linear", weights=2, backward="quantized_linear_backward")
+register_layer("weight_only_linear", "quantized_linear_backward", weights=2, backward_weights=2)
 register_autocast("weight_only_linear", casts=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchweld._dispatch.quantized_linear import activation_gradient
+from torchweld._dispatch.linear import activation_gradient
 from torchweld.nn.int4_linear import Int4Linear
 from torchweld.nn.integer_linear import IntegerLinear
 from torchweld.nn.quantized_linear import QuantizedLinear, WeightOnlyLinear

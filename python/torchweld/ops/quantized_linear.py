@@ -59,7 +59,9 @@ def quantized_linear(
         Then, in float32, ``float(sum) * scale``, or the groups' one by one in fused multiply-adds;
         one fused multiply-add with ``weight_scale`` and ``bias``, the activation, the residual, and
         one rounding to the dtype of ``input``. The result has the same bits on every CPU
-        instruction set, for any number of threads, and whatever other rows are in the batch.
+        instruction set, for any number of threads, and whatever other rows are in the batch. The
+        weight's scale comes last, so a row may overflow where a float layer's would not: from
+        inputs of 1e32 on, or so.
 
         Differentiable in ``input``, ``bias`` and ``residual``; rounding counts as the identity
         (straight-through estimator), so the gradient of ``input`` is that of a linear layer with
