@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import _cast
 
 from torchweld._dispatch.derivative import register_autograd
+from torchweld._dispatch.fake import register_fake
 from torchweld.ops.quantized_linear import unpack_weight
 
 _ops = torch.ops.torchweld
@@ -25,7 +26,7 @@ def _output_shape(input: Tensor, weight_scale: Tensor, in_features: int) -> list
     return [*input.shape[:-1], weight_scale.shape[0]]
 
 
-@torch.library.register_fake("torchweld::quantized_linear")
+@register_fake("torchweld::quantized_linear")
 def _fake(
     input: Tensor,
     packed_weight: Tensor,
@@ -40,7 +41,7 @@ def _fake(
     return input.new_empty(_output_shape(input, weight_scale, in_features))
 
 
-@torch.library.register_fake("torchweld::quantized_linear_accumulators")
+@register_fake("torchweld::quantized_linear_accumulators")
 def _fake_accumulators(
     input: Tensor,
     packed_weight: Tensor,
@@ -55,7 +56,7 @@ def _fake_accumulators(
     )
 
 
-@torch.library.register_fake("torchweld::quantized_linear_backward")
+@register_fake("torchweld::quantized_linear_backward")
 def _fake_backward(
     grad: Tensor, packed_weight: Tensor, weight_scale: Tensor, in_features: int
 ) -> Tensor:
