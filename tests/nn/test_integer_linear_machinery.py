@@ -109,6 +109,13 @@ def test_anomaly_mode_hooks_and_checkpoint(kind):
 
 
 @each_kind
+def test_gradients_by_torch_func_are_refused(kind):
+    _, module = make(kind)
+    with pytest.raises(RuntimeError, match=r"expected gradients by torch\.autograd, got a call un"):
+        torch.func.grad(lambda x: module(x).sum())(randn(3, 37))
+
+
+@each_kind
 def test_no_grad_and_inference_mode(kind):
     net, x = Net(kind), randn(3, 37).requires_grad_()
     expected = net(x)

@@ -41,10 +41,15 @@ def register_autograd(
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                raise RuntimeError(
+                    f"torchweld::{op}: expected gradients by torch.autograd, got a call under "
+                    "torch.func.grad, vjp or the like"
+                )
             return apply(keyset, *args, *defaults[len(args) :])
         return redispatch(keyset & after, *args)
 
-    # Without torch's wrapper, which looks for functorch's tensors: below the dispatcher are none.
+    # Without torch's wrapper, which looks for what is refused above.
     apply = super(torch.autograd.Function, Derivative).apply
     Derivative.__name__ = f"{op}_derivative"
     library.impl(op, autograd, "Autograd", with_keyset=True)
