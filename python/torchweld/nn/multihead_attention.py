@@ -101,7 +101,7 @@ class MultiheadAttention(nn.Module):
                 "MultiheadAttention: query: expected a dense tensor, got a nested one; pad it and "
                 "give a key_padding_mask"
             )
-        if is_causal and attn_mask is None:
+        if attn_mask is None and is_causal:
             raise ValueError(
                 "MultiheadAttention: attn_mask: expected the causal mask that is_causal hints at, "
                 "got None"
@@ -135,7 +135,9 @@ class MultiheadAttention(nn.Module):
             if not is_batched:
                 weights = weights.squeeze(0)
         else:
-            causal = is_causal and key_padding_mask is None and k.shape[2] == q.shape[2]
+            # nn.TransformerEncoder looks into the mask for the hint: no branch a graph can hold.
+            may_hint = not torch.compiler.is_compiling() and key_padding_mask is None
+            causal = may_hint and is_causal and k.shape[2] == q.shape[2]
             output = F.scaled_dot_product_attention(
                 q, k, v, None if causal else mask, dropout, causal
             )
