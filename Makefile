@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RECORD := build/benchmarks/$(shell date +%Y-%m-%dT%H-%M)
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

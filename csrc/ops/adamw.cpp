@@ -61,6 +61,14 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+bool overlap(std::vector<MemoryRange> ranges) {
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t k = 1; k < ranges.size(); ++k) {
+    if (ranges[k].first < ranges[k - 1].second) return true;
+  }
+  return false;
+}
+
 void check_like_param(const char* op, const char* argument, const Tensor& tensor,
                       const Tensor& param, ScalarType dtype, size_t k, bool written) {
   TORCHWELD_CHECK(tensor.device() == param.device(), op, argument,

@@ -1,6 +1,9 @@
 // What every back end of the AdamW ops checks and derives before it touches memory.
 #pragma once
 
+#include <utility>
+#include <vector>
+
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops {
@@ -31,5 +34,11 @@ bool is_dense(const Tensor& tensor);
 
 // True if equal indices lie at equal offsets. The shapes are equal.
 bool same_layout(const Tensor& a, const Tensor& b);
+
+// Where a parameter lies: from the first byte to behind the last one.
+using MemoryRange = std::pair<const char*, const char*>;
+
+// Whether two of them share memory.
+bool overlap(std::vector<MemoryRange> ranges);
 
 }  // namespace torchweld::ops

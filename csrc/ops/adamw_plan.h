@@ -5,7 +5,6 @@
 #include <memory>
 #include <optional>
 #include <set>
-#include <utility>
 #include <vector>
 
 #include "kernels/adamw.h"
@@ -75,7 +74,7 @@ struct AdamWPlan {
   std::vector<AdamWEntry> entries;
   std::set<std::vector<int64_t>> layouts;
   // Where parameters lay that were found not to overlap.
-  std::vector<std::pair<const char*, const char*>> disjoint;
+  std::vector<MemoryRange> disjoint;
 };
 
 // A plan as an operator returns it: bytes of its own that free it. No operator may copy them.

@@ -131,12 +131,17 @@ def report(model: nn.Module) -> Report:
     Returns:
         The report; ``print`` shows it as a table.
 
+    Raises:
+        TypeError: ``model`` is no module.
+
     Example:
         >>> import torch, torchweld as tw
         >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256))
         >>> len(tw.report(tw.quantize(model)).converted)
         1
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model: expected an nn.Module, got {type(model).__name__}")
     found = model.__dict__.get(_ATTRIBUTE, Report())
     assert isinstance(found, Report)
     return found

@@ -42,9 +42,6 @@ using cudaStream_t = struct CUstream_st*;
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

@@ -44,15 +44,15 @@ class Device {
     for (size_t t = 0; t < tensors_.size(); ++t) tensors_[t].step_count = &steps[t];
     std::vector<AdamWScalars> scalars(tensors_.size());
     std::vector<Chunk> pieces = needs_norm ? chunks_of(kAdamWSumPiece) : std::vector<Chunk>();
-    std::vector<double> squares(pieces.size());
-    std::vector<int64_t> nonfinite(pieces.size());
+    std::vector<double> squares(pieces.size() + 1);  // so that it is somewhere
+    std::vector<int64_t> nonfinite(pieces.size() + 1);
     ok(launch_sum_of_squares({.tensors = grads.data(),
                               .pieces = pieces.data(),
                               .count = static_cast<int64_t>(pieces.size()),
                               .squares = squares.data(),
                               .nonfinite = nonfinite.data()},
                              nullptr));
-    prepare.squares = squares.data();
+    prepare.squares = needs_norm ? squares.data() : nullptr;
     prepare.nonfinite = nonfinite.data();
     prepare.pieces = static_cast<int64_t>(pieces.size());
     prepare.tensors = tensors_.data();
@@ -146,12 +146,14 @@ void check_mixed_list() {
     runs.emplace_back(size + 300, mode).fill(static_cast<unsigned>(size));
     size += 97;
   }
+  runs.emplace_back(0, AdamWMode{DType::float32});
   Device device(1 << 11);
   for (const AdamWRun& run : runs) {
     expected.emplace_back(run);
     device.add(run.mode, run.span());
   }
-  device.grads[5].data = nullptr;
+  device.grads[5].size = -1;
+  device.grads.back().data = nullptr;  // as torch has it; the steps count all the same
   device.step();
   for (size_t t = 0; t < runs.size(); ++t) {
     if (t != 5) expected[t].step(AdamWRun::scalars_of(3, kLr));
@@ -193,7 +195,7 @@ double sum_on_cpu(const Values& tensor) {
 
 void check_norm() {
   for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
-    for (int64_t size : {1, 31, 257, 16384, 40000}) {
+    for (int64_t size : {0, 1, 31, 257, 16384, 40000}) {
       AdamWRun run(size, {dtype});
       run.fill(2);
       Device device(1 << 11);

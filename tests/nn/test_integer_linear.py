@@ -57,6 +57,15 @@ def test_from_float_shares_nothing(kind):
 
 
 @each_kind
+def test_from_float_of_a_weight_made_in_inference_mode(kind):
+    with torch.inference_mode():
+        linear = nn.Linear(37, 21)
+    module = converted(kind, linear)
+    assert not any(buffer.requires_grad for buffer in module.buffers())
+    assert reference.sqnr(module(randn(3, 37)), linear(randn(3, 37))) > SQNR[kind] - 3
+
+
+@each_kind
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1)])
 def test_sizes_of_zero_and_one(kind, shape):
     n, k = shape
@@ -97,12 +106,12 @@ def test_constructor_refuses(kind):
         empty(kind, 1, -1)
 
 
-@pytest.mark.parametrize("size", [-128, 3, 12, 1 << 20])
+@pytest.mark.parametrize("size", [-128, 3, 12, 1 << 20, 64.0, "64"])
 def test_absurd_groups(size):
-    with pytest.raises(ValueError, match=f"Int4Linear: group_size: expected .*, got {size}"):
+    with pytest.raises(ValueError, match=f"Int4Linear: group_size: expected .*, got {size!r}"):
         tw.nn.Int4Linear(256, 128, group_size=size)
     if size not in (12, 1 << 20):
-        with pytest.raises(ValueError, match=f"input_group_size: expected 0, .*, got {size}"):
+        with pytest.raises(ValueError, match=f"input_group_size: expected 0, .*, got {size!r}"):
             tw.nn.QuantizedLinear(256, 128, input_group_size=size)
 
 
@@ -242,6 +251,10 @@ REFUSED = {
         ({"qweight": None}, r'Missing key.*"0\.qweight"'),
         ({"extra": torch.ones(1)}, r'Unexpected key.*"0\.extra"'),
         ({"bias": torch.ones(20)}, "size mismatch for 0.bias"),
+        ({"qweight": 3}, r"0\.qweight: expected a dense tensor with data, got int"),
+        ({"weight_scale": [1.0]}, r"0\.weight_scale: expected a dense tensor.*, got list"),
+        ({"weight_scale": torch.ones(21, device="meta")}, "weight_scale: .*got a meta tensor"),
+        ({"weight_scale": torch.ones(21).to_sparse()}, "weight_scale: .*got a torch.sparse_coo"),
     ],
 }
 
@@ -345,6 +358,28 @@ def test_loads_a_state_dict_without_data(kind):
     state = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
     module.load_state_dict(state, assign=True)
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+
+
+@each_kind
+def test_a_state_dict_partly_without_data(kind):
+    _, module = make(kind)
+    state = module.state_dict()
+    state["weight_scale"] = state["weight_scale"].to("meta")
+    module.load_state_dict(state, assign=True)
+    with pytest.raises(
+        RuntimeError, match="weight_scale: expected a tensor on cpu, as input is, got"
+    ):
+        module(torch.randn(3, 37))
+
+
+@each_kind
+def test_assigning_strided_tensors(kind):
+    _, module = make(kind)
+    state = {name: torch.stack((x, x), -1)[..., 0] for name, x in module.state_dict().items()}
+    other = empty(kind)
+    other.load_state_dict(state, assign=True)
+    x = torch.randn(3, 37)
+    assert torch.equal(other(x), module(x))
 
 
 @each_kind

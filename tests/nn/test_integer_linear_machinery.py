@@ -109,6 +109,14 @@ def test_anomaly_mode_hooks_and_checkpoint(kind):
 
 
 @each_kind
+def test_gradients_by_torch_func(kind):
+    _, module = make(kind)
+    x = randn(3, 37)
+    (expected,) = torch.autograd.grad(module(x.requires_grad_()).square().sum(), x)
+    assert torch.equal(torch.func.grad(lambda x: module(x).square().sum())(x.detach()), expected)
+
+
+@each_kind
 def test_no_grad_and_inference_mode(kind):
     net, x = Net(kind), randn(3, 37).requires_grad_()
     expected = net(x)

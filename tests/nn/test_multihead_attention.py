@@ -116,6 +116,13 @@ def test_shares_nothing_and_keeps_what_trains():
     assert not mine & {p.untyped_storage().data_ptr() for p in stock.parameters()}
     assert not any(p.requires_grad for p in ours.parameters())
     assert not ours.training
+    stock.in_proj_weight.requires_grad_()
+    ours = tw.nn.MultiheadAttention.from_float(stock)
+    assert {name for name, p in ours.named_parameters() if p.requires_grad} == {
+        "q_proj.weight",
+        "k_proj.weight",
+        "v_proj.weight",
+    }
 
 
 @pytest.mark.parametrize("arguments", [{}, {"kdim": 20, "vdim": 24, "add_bias_kv": True}], ids=str)
@@ -158,6 +165,23 @@ def test_refuses():
     x = inputs(True)[0]
     with pytest.raises(ValueError, match=r"attn_mask: expected the causal mask .*, got None"):
         ours(x, x, x, is_causal=True)
+    for mask in (torch.ones(L, L).long(), torch.ones(L, L, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="attn_mask: expected bool or floating point, got"):
+            ours(x, x, x, attn_mask=mask)
+    for shape in ((1, L), (L, L + 1), (B, L, L), (B, H, L, L)):
+        with pytest.raises(ValueError, match=r"attn_mask: expected \[.*5, 5\], got \["):
+            ours(x, x, x, attn_mask=torch.zeros(shape))
+    with pytest.raises(ValueError, match="key_padding_mask: expected bool or floating point"):
+        ours(x, x, x, key_padding_mask=torch.ones(B, L).long())
+    for shape in ((L,), (L, B), (B, L + 1)):
+        with pytest.raises(ValueError, match=r"key_padding_mask: expected \[3, 5\], got \["):
+            ours(x, x, x, key_padding_mask=torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"query: expected 2 or 3 dimensions, got \[1, 3, 5, 32\]"):
+        ours(x[None], x, x)
+    with pytest.raises(ValueError, match=r"key: expected 3 dimensions as of query, got \[5, 32\]"):
+        ours(x, x[0], x)
+    with pytest.raises(ValueError, match=r"value: expected as many rows as key has, \[3, 5\], got"):
+        ours(x, x, x[:, 1:])
     nested = torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged)
     with pytest.raises(ValueError, match="query: expected a dense tensor, got a nested one"):
         ours(nested, nested, nested)

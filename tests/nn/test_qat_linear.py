@@ -108,6 +108,15 @@ def test_state_copies_and_float(kind):
     assert module.weight.any()
 
 
+def test_to_float_of_what_diverged_and_is_frozen():
+    _, module = make("int8")
+    with torch.no_grad():
+        module.weight.fill_(float("inf"))
+    back = module.requires_grad_(False).to_float()
+    assert back.weight.isinf().all()
+    assert not any(p.requires_grad for p in back.parameters())
+
+
 def test_trains_what_the_float_layer_trains():
     linear = nn.Linear(37, 21).eval()
     linear.weight.requires_grad_(False)

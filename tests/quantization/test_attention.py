@@ -115,6 +115,17 @@ def test_decoder_and_the_whole(training):
     assert sqnr(got, expected) > 25
 
 
+def test_compiled_with_a_mask_whose_shape_is_looked_for():
+    stock = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1).eval()
+    model = tw.quantize(stock, keep_small=False)
+    x, mask = torch.randn(2, 5, 32), nn.Transformer.generate_square_subsequent_mask(5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for padding in (None, torch.zeros(2, 5)):
+            expected = model(x, mask, padding)
+            torch.testing.assert_close(compiled(x, mask, padding), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_compiled_and_exported():
     layer = nn.TransformerEncoderLayer(E, 4, 64, batch_first=True)
     quantized = quantize(nn.TransformerEncoder(layer, 2).eval())

@@ -168,6 +168,7 @@ def test_quantizing_again_changes_nothing():
         (nn.Conv2d, ["fc1", "fc2"]),
         (lambda name, module: module.out_features < 16, ["fc1"]),
         ((lambda name, _: name == "fc1", "fc2"), []),
+        (functools.partial(lambda what, name, _: name == what, "fc1"), ["fc2"]),
     ],
 )
 def test_exclude(exclude, converted):
@@ -231,6 +232,17 @@ def with_nan(linear):
     return linear
 
 
+class OwnTensor(torch.Tensor):
+    def __deepcopy__(self, memo):
+        return self.detach().clone().as_subclass(OwnTensor)
+
+
+def with_weight(weight):
+    linear = nn.Linear(8, 8)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -242,6 +254,7 @@ def with_nan(linear):
         (lambda: patched(nn.Linear(8, 8)), "its forward is replaced"),
         (lambda: nn.Linear(8, 8).double(), "weight is torch.float64"),
         (lambda: with_nan(nn.Linear(8, 8)), "weight holds a NaN"),
+        (lambda: with_weight(torch.ones(8, 8).as_subclass(OwnTensor)), "weight is a OwnTensor"),
         (lambda: nn.Linear(8, 8, device="meta"), "weight is on meta"),
         (lambda: nn.Linear(2**24 + 1, 1), "more than 16777216 input features"),
         (lambda: nn.LSTM(8, 8), "LSTM is not converted"),
@@ -346,13 +359,14 @@ def test_errors():
         quantize("model")
     with pytest.raises(TypeError, match=r"config: expected torchweld\.Int8"):
         quantize(model, "int8")
-    for size in (0, 12, -8, 1 << 20):
-        with pytest.raises(ValueError, match=f"Int4: group_size: expected .*, got {size}"):
+    for size in (0, 12, -8, 1 << 20, 32.0, "32", None):
+        with pytest.raises(ValueError, match=f"Int4: group_size: expected .*, got {size!r}"):
             tw.Int4(group_size=size)
-    for size in (6, -4, 1 << 20):
-        with pytest.raises(ValueError, match=f"Int8: input_group_size: expected .*, got {size}"):
+    for size in (6, -4, 1 << 20, 32.0, "", "32"):
+        with pytest.raises(ValueError, match=f"Int8: input_group_size: expected .*, got {size!r}"):
             tw.Int8(input_group_size=size)
     with pytest.raises(ValueError, match=r"exclude: .*got 'head', which matches none"):
         quantize(model, exclude=["head"])
-    with pytest.raises(TypeError, match="exclude: expected name patterns"):
-        quantize(model, exclude=[3])
+    for exclude in ([3], 3, model, [model[0]]):
+        with pytest.raises(TypeError, match="exclude: expected name patterns"):
+            quantize(model, exclude=exclude)

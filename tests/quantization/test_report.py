@@ -76,6 +76,11 @@ def test_outputs_of_attention_and_of_what_never_runs():
     assert unused.output_sqnr is None
 
 
+def test_of_what_is_no_module():
+    with pytest.raises(TypeError, match=r"report: model: expected an nn\.Module, got list"):
+        tw.report([])
+
+
 def test_printed():
     text = str(tw.report(tw.quantize(model(), example_inputs=torch.randn(8, 256))))
     header, _, converted, skipped = text.splitlines()

@@ -12,11 +12,11 @@
 
 namespace torchweld::kernels::cuda {
 
-// A gradient, or another tensor to be summed up. data null: there is none; the tensor is not
-// stepped.
+// A gradient, or another tensor to be summed up. `data` says nothing of whether there is one: it is
+// null for an empty tensor too, whose steps count.
 struct Values {
   const void* data;
-  int64_t size;
+  int64_t size;  // negative: there is no gradient, the tensor is not stepped
   DType dtype;
 };
 
@@ -87,7 +87,7 @@ cudaError_t launch_total(const TotalParams& params, cudaStream_t stream);
 
 // --- step ----------------------------------------------------------------------------------------
 struct AdamWPrepareParams {
-  // Of the gradients: what launch_sum_of_squares left. pieces = 0: no norm is needed.
+  // Of the gradients: what launch_sum_of_squares left. Null: no norm is needed.
   const double* squares;
   const int64_t* nonfinite;
   int64_t pieces;

@@ -4,9 +4,6 @@
 namespace torchweld::kernels::cuda {
 namespace {
 
-TORCHWELD_INLINE uint32_t upper(uint16_t bits) { return static_cast<uint32_t>(bits) << 16; }
-TORCHWELD_INLINE uint16_t upper_half(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
-
 // Of an element in the whole parameter.
 TORCHWELD_INLINE int64_t place_of(const AdamWTensor& tensor, int64_t i) {
   if (tensor.row != 0) i = i / tensor.row * tensor.stride + i % tensor.row;
@@ -47,15 +44,7 @@ __global__ void __launch_bounds__(kStepThreads) step_bfloat16(AdamWStepParams pa
         second = larger(float_of(upper(v_max[j])), vj);
         v_max[j] = upper_half(round_nearest(second));
       }
-      if constexpr (__is_same(T, BFloat16)) {
-        Weight16<kRounding> w{upper(p[j].bits), 0};
-        if constexpr (kCompensated<kRounding>) w.compensation = upper(c[j]);
-        w = Weight16<kRounding>::of(step.weight(w.value(), mj, second), bits.other16());
-        p[j].bits = upper_half(w.param);
-        c[j] = upper_half(w.compensation);
-      } else {
-        p[j] = from_vec<T>(step.weight(to_vec(p[j]), mj, second));
-      }
+      step_weight<kRounding>(step, p[j], c[j], mj, second, bits);
       m[j] = upper_half(round_stochastic(mj, bits.low16()));
       v[j] = upper_half(round_stochastic(vj, bits.high16()));
     }

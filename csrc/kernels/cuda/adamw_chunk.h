@@ -15,11 +15,12 @@ struct StepWork {
     const Chunk chunk = params.chunks[blockIdx.x];
     tensor = &params.tensors[chunk.tensor];
     scalars = &params.scalars[chunk.tensor];
-    grad = params.grads[chunk.tensor].data;
+    const Values values = params.grads[chunk.tensor];
+    grad = values.data;
     begin = chunk.number * params.chunk_size;
     end = begin + params.chunk_size;
     if (end > tensor->span.size) end = tensor->span.size;
-    if (grad == nullptr || *params.skipped != 0) end = begin;
+    if (values.size < 0 || *params.skipped != 0) end = begin;
   }
 
   // Of the elements from `i` on, how many of kCount there are.
@@ -39,6 +40,24 @@ TORCHWELD_INLINE RandomBits random_at(int64_t index, uint64_t key) {
   return RandomBits::of(
       static_cast<uint32_t>(index) * RandomBits::kWeyl + static_cast<uint32_t>(key),
       static_cast<uint32_t>(key >> 32));
+}
+
+TORCHWELD_INLINE uint32_t upper(uint16_t bits) { return static_cast<uint32_t>(bits) << 16; }
+TORCHWELD_INLINE uint16_t upper_half(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
+
+// Steps a parameter, and its compensation if this rounding has one, with its new moments.
+template <AdamWRounding kRounding, class T>
+TORCHWELD_INLINE void step_weight(const LowBitStep& step, T& p, uint16_t& c, float m, float v,
+                                  RandomBits bits) {
+  if constexpr (__is_same(T, BFloat16)) {
+    Weight16<kRounding> w{upper(p.bits), 0};
+    if constexpr (kCompensated<kRounding>) w.compensation = upper(c);
+    w = Weight16<kRounding>::of(step.weight(w.value(), m, v), bits.other16());
+    p.bits = upper_half(w.param);
+    if constexpr (kCompensated<kRounding>) c = upper_half(w.compensation);
+  } else {
+    p = from_vec<T>(step.weight(to_vec(p), m, v));
+  }
 }
 
 // The launchers of one kind of states each.

@@ -83,15 +83,7 @@ __global__ void __launch_bounds__(kStepThreads) step_int8(AdamWStepParams params
       float mj = decode(ExpAvgCodec{}, m[j], scales.m_decode);
       float vj = decode(ExpAvgSqCodec{}, v[j], scales.v_decode);
       step.moments(to_vec(g[j]), mj, vj);
-      if constexpr (__is_same(T, BFloat16)) {
-        Weight16<kRounding> w{static_cast<uint32_t>(p[j].bits) << 16, 0};
-        if constexpr (kCompensated<kRounding>) w.compensation = static_cast<uint32_t>(c[j]) << 16;
-        w = Weight16<kRounding>::of(step.weight(w.value(), mj, vj), bits.other16());
-        p[j].bits = static_cast<uint16_t>(w.param >> 16);
-        c[j] = static_cast<uint16_t>(w.compensation >> 16);
-      } else {
-        p[j] = from_vec<T>(step.weight(to_vec(p[j]), mj, vj));
-      }
+      step_weight<kRounding>(step, p[j], c[j], mj, vj, bits);
       m[j] = static_cast<uint8_t>(ExpAvgCodec::encode(mj, scales.m_encode, bits.low20()));
       v[j] = static_cast<uint8_t>(
           ExpAvgSqCodec::encode(vj, scales.v_encode, bits.high20(), scales.v_least));

@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) sum_squares(SumParams params
   const int64_t left = tensor.size - begin, size = left < kAdamWSumPiece ? left : kAdamWSumPiece;
   double squares = 0;
   int64_t nonfinite = 0;
-  if (tensor.data == nullptr) {
-  } else if (tensor.dtype == DType::float32) {
+  if (tensor.dtype == DType::float32) {
     sum_piece(static_cast<const float*>(tensor.data) + begin, size, squares, nonfinite);
   } else if (tensor.dtype == DType::float64) {
     sum_piece(static_cast<const double*>(tensor.data) + begin, size, squares, nonfinite);
@@ -140,7 +139,7 @@ TORCHWELD_INLINE Decision decide(const AdamWPrepareParams& params, double square
   const double unscale = unscales ? 1 / scalar(params.loss_scale, params.loss_scale_dtype) : 1.0;
   const double factor = params.grad_scale != nullptr ? *params.grad_scale : 1.0;
   const bool elsewhere = params.sum_of_squares != nullptr;
-  const bool has_norm = elsewhere || params.pieces > 0;
+  const bool has_norm = elsewhere || params.squares != nullptr;
   double norm = __longlong_as_double(0x7ff8000000000000LL), clip = 1;
   int32_t skipped = 0;
   if (has_norm) {
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(kTotalThreads) prepare(AdamWPrepareParams para
   __syncthreads();
   if (shared.skipped != 0) return;
   for (int64_t t = threadIdx.x; t < params.count; t += kTotalThreads) {
-    if (params.grads[t].data == nullptr) continue;
+    if (params.grads[t].size < 0) continue;
     const AdamWTensor& tensor = params.tensors[t];
     const double step = *tensor.step_count + 1.0;
     AdamWScalars scalars = scalars_of(params.groups[tensor.group], step, shared.grad_scale);

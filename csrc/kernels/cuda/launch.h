@@ -25,24 +25,13 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaS
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
-template <int kBytes>
-struct Word;
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
+using Word = uint4;  // the most a thread moves at once
 
-// How kSize bytes are moved: in words of 16 bytes, or of 8 if there are no more.
-template <int kSize>
-using WordOf = typename Word<kSize % 16 == 0 ? 16 : 8>::Type;
+template <class T, int kCount>
+inline constexpr int kWordsOf = static_cast<int>(sizeof(T) * kCount / sizeof(Word));
 
-template <class W>
 TORCHWELD_INLINE bool is_aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(W) == 0;
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Word) == 0;
 }
 
 // kCount elements, of which the first `count` exist; the others are zero. A thread moves whole
@@ -50,13 +39,13 @@ TORCHWELD_INLINE bool is_aligned(const void* p) {
 // begin in the middle of a word, and behind the last word of a tensor.
 template <class T, int kCount>
 TORCHWELD_INLINE void load_group(const T* from, int count, T (&to)[kCount]) {
-  using W = WordOf<sizeof(T) * kCount>;
-  constexpr int kWords = static_cast<int>(sizeof(T) * kCount / sizeof(W));
-  if (count == kCount && is_aligned<W>(from)) {
-    W words[kWords];
+  constexpr int kWords = kWordsOf<T, kCount>;
+  static_assert(sizeof(T) * kCount == sizeof(Word) * kWords);
+  if (count == kCount && is_aligned(from)) {
+    Word words[kWords];
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      words[i] = __ldcg(reinterpret_cast<const W*>(from) + i);
+      words[i] = __ldcg(reinterpret_cast<const Word*>(from) + i);
     }
     memcpy(to, words, sizeof to);
   } else {
@@ -67,14 +56,14 @@ TORCHWELD_INLINE void load_group(const T* from, int count, T (&to)[kCount]) {
 
 template <class T, int kCount>
 TORCHWELD_INLINE void store_group(T* to, int count, const T (&from)[kCount]) {
-  using W = WordOf<sizeof(T) * kCount>;
-  constexpr int kWords = static_cast<int>(sizeof(T) * kCount / sizeof(W));
-  if (count == kCount && is_aligned<W>(to)) {
-    W words[kWords];
+  constexpr int kWords = kWordsOf<T, kCount>;
+  static_assert(sizeof(T) * kCount == sizeof(Word) * kWords);
+  if (count == kCount && is_aligned(to)) {
+    Word words[kWords];
     memcpy(words, from, sizeof from);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      __stcg(reinterpret_cast<W*>(to) + i, words[i]);
+      __stcg(reinterpret_cast<Word*>(to) + i, words[i]);
     }
   } else {
 #pragma unroll

@@ -229,18 +229,14 @@ int64_t AdamWRun::count_nonfinite() const {
 }
 
 bool AdamWRun::shares_memory() {
-  std::vector<std::pair<const char*, const char*>> ranges;
+  std::vector<MemoryRange> ranges;
   ranges.reserve(work_.size());
   for (const Work& work : work_) {
     const auto* begin = static_cast<const char*>(work.span.param);
     ranges.emplace_back(begin, begin + bytes(work.dtype(), work.span.size));
   }
   if (ranges == plan_.disjoint) return false;
-  auto sorted = ranges;
-  std::sort(sorted.begin(), sorted.end());
-  for (size_t k = 1; k < sorted.size(); ++k) {
-    if (sorted[k].first < sorted[k - 1].second) return true;
-  }
+  if (overlap(ranges)) return true;
   plan_.disjoint = std::move(ranges);
   return false;
 }

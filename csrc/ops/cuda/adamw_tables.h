@@ -1,11 +1,11 @@
 // The tables of a step on CUDA: filled on the host, then brought to the device.
 #pragma once
 
-#include <algorithm>
 #include <utility>
 #include <vector>
 
 #include "kernels/cuda/adamw.h"
+#include "ops/adamw.h"
 #include "ops/cuda/context.h"
 
 namespace torchweld::ops {
@@ -40,17 +40,13 @@ struct AdamWBatch {
 // Whether two parameters do.
 inline bool share_memory(const std::vector<kernels::cuda::AdamWTensor>& tensors,
                          const std::vector<kernels::cuda::AdamWKind>& kinds) {
-  std::vector<std::pair<const char*, const char*>> ranges;
+  std::vector<MemoryRange> ranges;
   for (size_t k = 0; k < tensors.size(); ++k) {
     const auto* begin = static_cast<const char*>(tensors[k].span.param);
     const auto bytes = tensors[k].span.size * static_cast<int64_t>(size_of(kinds[k].param));
     if (bytes > 0) ranges.emplace_back(begin, begin + bytes);
   }
-  std::sort(ranges.begin(), ranges.end());
-  for (size_t k = 1; k < ranges.size(); ++k) {
-    if (ranges[k].first < ranges[k - 1].second) return true;
-  }
-  return false;
+  return overlap(std::move(ranges));
 }
 
 // Chunks of all tensors, those of one kind together; where parameters share memory, those of one

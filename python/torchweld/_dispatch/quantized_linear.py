@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
+from torchweld._dispatch.fake import register_fake
 from torchweld._dispatch.linear import (
     check_columns,
     register_autocast,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.library import register_fake
 
+from torchweld._dispatch.fake import register_fake
 from torchweld._dispatch.linear import check_columns, register_autocast, register_layer
 
 

@@ -99,6 +99,7 @@ class IntegerLinear(nn.Module):
     # --- from and to float ------------------------------------------------------------------------
 
     @classmethod
+    @torch.no_grad()  # a weight made in inference mode cannot be detached
     def _from_float(cls, linear: nn.Module, activation: str, **options: Any) -> Self:
         weight = linear.weight
         assert isinstance(weight, Tensor)
@@ -135,25 +136,8 @@ class IntegerLinear(nn.Module):
             ``nn.Sequential`` of it and the activation. Shares no memory with this module.
         """
         dtype = torch.float32 if self.bias is None else self.bias.dtype
-        weight = self.weight()
-        has_bias = self.bias is not None
-        linear: nn.Linear = nn.utils.skip_init(
-            nn.Linear,
-            self.in_features,
-            self.out_features,
-            has_bias,
-            device=weight.device,
-            dtype=dtype,
-        )
-        with torch.no_grad():
-            linear.weight.copy_(weight)
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-                linear.bias.requires_grad_(self.bias.requires_grad)
-        linear.train(self.training)
-        if self.activation == "identity":
-            return linear
-        return nn.Sequential(linear, _ACTIVATION_MODULES[self.activation]()).train(self.training)
+        weight = nn.Parameter(self.weight().to(dtype))
+        return float_layer(weight, self.bias, self.activation).train(self.training)
 
     # --- nn.Module --------------------------------------------------------------------------------
 
@@ -202,9 +186,14 @@ class IntegerLinear(nn.Module):
                 "torchweld.quantize"
             )
             return
-        own = self.canonical()
+        own, assigns = self.canonical(), local_metadata.get("assign_to_params_buffers", False)
         found = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        problems = self.invalid(own | found)
+        problems = [
+            f"{name}: expected {'a dense tensor' if assigns else 'a dense tensor with data'}, got "
+            f"{_kind_of(tensor)}"
+            for name, tensor in found.items()
+            if not _is_loadable(tensor, own[name], assigns)
+        ] or self.invalid(own | found)
         if problems:  # then nothing of this module is loaded
             error_msgs.extend(prefix + problem for problem in problems)
             return
@@ -220,7 +209,33 @@ class IntegerLinear(nn.Module):
             return
         canonical = {name: tensor.detach() for name, tensor in (own | found).items()}
         for name, tensor in self.packed(canonical).items():
-            if local_metadata.get("assign_to_params_buffers", False):
+            if assigns:
                 setattr(self, name, tensor)
             else:
                 getattr(self, name).copy_(tensor)
+
+
+def float_layer(weight: Tensor, bias: Tensor | None, activation: str) -> nn.Linear | nn.Sequential:
+    """An ``nn.Linear`` of copies of the tensors, and the activation if there is one."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias is not None, device="meta")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            copy = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            setattr(linear, name, copy)
+    if activation == "identity":
+        return linear
+    return nn.Sequential(linear, _ACTIVATION_MODULES[activation]())
+
+
+def _is_loadable(value: object, own: Tensor, assigns: bool) -> bool:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return assigns or own.is_meta or not value.is_meta
+
+
+def _kind_of(value: object) -> str:
+    """What to call a value of a state_dict in an error."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "a meta tensor" if value.is_meta else f"a {value.layout} one"

@@ -2,7 +2,7 @@
 
 # No postponed annotations here: TorchScript evaluates those of forward.
 from collections.abc import Callable
-from typing import Optional
+from typing import List, Optional  # noqa: UP035
 
 import torch
 import torch.nn.functional as F
@@ -101,16 +101,17 @@ class MultiheadAttention(nn.Module):
                 "MultiheadAttention: query: expected a dense tensor, got a nested one; pad it and "
                 "give a key_padding_mask"
             )
-        if is_causal and attn_mask is None:
+        if attn_mask is None and is_causal:
             raise ValueError(
                 "MultiheadAttention: attn_mask: expected the causal mask that is_causal hints at, "
                 "got None"
             )
+        _check_dims(query, key, value)
         is_batched = query.dim() == 3
         q = self._heads(self.q_proj(query), is_batched)
         k = self._heads(self.k_proj(key), is_batched)
         v = self._heads(self.v_proj(value), is_batched)
-        mask = self._mask(attn_mask, key_padding_mask, q, k)
+        mask = self._mask(attn_mask, key_padding_mask, q, k, is_batched)
         bias_k, bias_v = self.bias_k, self.bias_v
         if bias_k is not None and bias_v is not None:
             rows, one = [k.shape[0], -1, -1, -1], [1, self.num_heads, 1, self.head_dim]
@@ -134,7 +135,9 @@ class MultiheadAttention(nn.Module):
             if not is_batched:
                 weights = weights.squeeze(0)
         else:
-            causal = is_causal and key_padding_mask is None and k.shape[2] == q.shape[2]
+            # nn.TransformerEncoder looks into the mask for the hint: no branch a graph can hold.
+            may_hint = not torch.compiler.is_compiling() and key_padding_mask is None
+            causal = may_hint and is_causal and k.shape[2] == q.shape[2]
             output = F.scaled_dot_product_attention(
                 q, k, v, None if causal else mask, dropout, causal
             )
@@ -157,18 +160,22 @@ class MultiheadAttention(nn.Module):
         key_padding_mask: Optional[Tensor],  # noqa: UP045
         q: Tensor,
         k: Tensor,
+        is_batched: bool,
     ) -> Optional[Tensor]:  # noqa: UP045
         """Both masks as one that is added to the scores."""
         mask: Optional[Tensor] = None  # noqa: UP045
+        batch, to, of = q.shape[0], q.shape[2], k.shape[2]
         if attn_mask is not None:
-            added = _added(attn_mask, q)
-            if added.dim() == 2:
-                added = added.unsqueeze(0).unsqueeze(0)
+            per_head = attn_mask.dim() == 3
+            shape = [batch * self.num_heads, to, of] if per_head else [to, of]
+            mask = _added("attn_mask", attn_mask, shape, q)
+            if per_head:
+                mask = mask.view(batch, self.num_heads, to, of)
             else:
-                added = added.view(q.shape[0], self.num_heads, q.shape[2], k.shape[2])
-            mask = added.expand(-1, -1, q.shape[2], k.shape[2])
+                mask = mask.expand(1, 1, to, of)
         if key_padding_mask is not None:
-            added = _added(key_padding_mask, q).view(q.shape[0], 1, 1, k.shape[2])
+            shape = [batch, of] if is_batched else [of]
+            added = _added("key_padding_mask", key_padding_mask, shape, q).view(batch, 1, 1, of)
             mask = added if mask is None else mask + added
         return mask
 
@@ -216,31 +223,64 @@ class MultiheadAttention(nn.Module):
 
 def projections_of(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     """The four projections of a stock module as linear layers, which share its memory."""
+    out = attention.out_proj
     if attention._qkv_same_embed_dim:
-        weights = list(attention.in_proj_weight.detach().chunk(3))
+        weights = _chunks(attention.in_proj_weight, 3)
     else:
-        weights = [getattr(attention, f"{x}_proj_weight").detach() for x in "qkv"]
-    weights.append(attention.out_proj.weight.detach())
-    bias = attention.in_proj_bias
-    biases = [None] * 3 if bias is None else list(bias.detach().chunk(3))
-    biases.append(None if attention.out_proj.bias is None else attention.out_proj.bias.detach())
-    trains = attention.out_proj.weight.requires_grad
+        weights = [_chunks(getattr(attention, f"{x}_proj_weight"), 1)[0] for x in "qkv"]
+    weights += _chunks(out.weight, 1)
+    biases = [*_chunks(attention.in_proj_bias, 3), *_chunks(out.bias, 1)]
     linears = {}
-    for name, w, b in zip(_PROJECTIONS, weights, biases, strict=True):
-        linear = nn.Linear(w.shape[1], w.shape[0], b is not None, device="meta")
-        linear.weight = nn.Parameter(w, requires_grad=trains)
-        if b is not None:
-            linear.bias = nn.Parameter(b, requires_grad=trains)
+    for name, weight, bias in zip(_PROJECTIONS, weights, biases, strict=True):
+        assert weight is not None
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        linear.weight = weight
+        linear.register_parameter("bias", bias)
         linears[name] = linear.train(attention.training)
     return linears
+
+
+def _chunks(parameter: Tensor | None, count: int) -> list[nn.Parameter | None]:
+    """Parts of a parameter, which share its memory and train as it does."""
+    if parameter is None:
+        return [None] * count
+    parts = parameter.detach().chunk(count)
+    return [nn.Parameter(part, requires_grad=parameter.requires_grad) for part in parts]
 
 
 def _copy_of(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
-def _added(mask: Tensor, q: Tensor) -> Tensor:
+# Sizes are not compared in a trace, which would freeze them.
+
+
+def _check_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
+    dims = query.dim()
+    if dims != 2 and dims != 3:
+        raise ValueError(
+            f"MultiheadAttention: query: expected 2 or 3 dimensions, got {list(query.shape)}"
+        )
+    if key.dim() != dims:
+        raise ValueError(
+            f"MultiheadAttention: key: expected {dims} dimensions as of query, got "
+            f"{list(key.shape)}"
+        )
+    if not torch.jit.is_tracing() and key.shape[:-1] != value.shape[:-1]:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"MultiheadAttention: value: expected as many rows as key has, {list(key.shape[:-1])}, "
+            f"got {list(value.shape[:-1])}"
+        )
+
+
+def _added(name: str, mask: Tensor, shape: List[int], q: Tensor) -> Tensor:  # noqa: UP006
     """A mask as a tensor to add: a boolean one is minus infinity where it is true."""
+    if not torch.jit.is_tracing() and list(mask.shape) != shape:  # type: ignore[attr-defined]
+        raise ValueError(f"MultiheadAttention: {name}: expected {shape}, got {list(mask.shape)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"MultiheadAttention: {name}: expected bool or floating point, got {mask.dtype}"
+        )
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
     return mask.to(q.dtype)

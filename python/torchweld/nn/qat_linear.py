@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchweld._dispatch.linear import activation_gradient
 from torchweld.nn.int4_linear import Int4Linear
-from torchweld.nn.integer_linear import IntegerLinear
+from torchweld.nn.integer_linear import IntegerLinear, float_layer
 from torchweld.nn.quantized_linear import QuantizedLinear, WeightOnlyLinear
 
 Kind = type[QuantizedLinear] | type[WeightOnlyLinear] | type[Int4Linear]
@@ -115,11 +115,7 @@ class QATLinear(nn.Linear):
             An ``nn.Linear``; with an activation, an ``nn.Sequential`` of it and the activation.
             Shares no memory with this module.
         """
-        layer = self.deployed().to_float()
-        linear = layer[0] if isinstance(layer, nn.Sequential) else layer
-        with torch.no_grad():
-            linear.weight = nn.Parameter(self.weight.detach().clone())
-        return layer
+        return float_layer(self.weight, self.bias, self.activation).train(self.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply the layer to ``[..., in_features]`` and add ``residual``."""

@@ -92,7 +92,7 @@ class _Int8Linear(IntegerLinear):
     def packed(self, canonical: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weight in panels, and its scales."""
         packed, _ = pack_weight(canonical["qweight"])
-        return {"packed_weight": packed, "weight_scale": canonical["weight_scale"]}
+        return {"packed_weight": packed, "weight_scale": canonical["weight_scale"].contiguous()}
 
     def canonical(self) -> dict[str, Tensor]:
         """``qweight`` int8 ``[N, K]`` and ``weight_scale`` float32 ``[N]``."""
@@ -210,7 +210,7 @@ class QuantizedLinear(_Int8Linear):
     def packed(self, canonical: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weight in panels, its scales, and its sums."""
         packed, weight_sum = pack_weight(canonical["qweight"])
-        scale = canonical["weight_scale"]
+        scale = canonical["weight_scale"].contiguous()
         return {"packed_weight": packed, "weight_scale": scale, "weight_sum": weight_sum}
 
     def rounded(self, input: Tensor) -> Tensor:
@@ -308,9 +308,9 @@ def fake_quantized(input: Tensor, group_size: int) -> Tensor:
 
 def invalid_input_group_size(size: int) -> str | None:
     """Say why inputs cannot be scaled in groups of a size ("expected ..., got ..."), or None."""
-    if 0 <= size <= _MAX_GROUP_SIZE and size % QUAD == 0:
+    if isinstance(size, int) and 0 <= size <= _MAX_GROUP_SIZE and size % QUAD == 0:
         return None
     return (
         f"expected 0, for a scale per row, or a multiple of {QUAD} up to {_MAX_GROUP_SIZE}, got "
-        f"{size}"
+        f"{size!r}"
     )

@@ -274,11 +274,12 @@ def dequantize_int4(
 def invalid_group_size(group_size: int, in_features: int) -> str | None:
     """Say why a group cannot have this size ("expected ..., got ..."), or None if it can."""
     most = min(max(-(-in_features // OCTET) * OCTET, _USUAL_GROUP_SIZE), MAX_GROUP_SIZE)
-    if group_size % OCTET == 0 and OCTET <= group_size <= most:
+    is_int = isinstance(group_size, int)
+    if is_int and group_size % OCTET == 0 and OCTET <= group_size <= most:
         return None
     return (
         f"expected a multiple of {OCTET} from {OCTET} to {most} for {in_features} input features, "
-        f"got {group_size}"
+        f"got {group_size!r}"
     )
 
 
@@ -305,7 +306,7 @@ def invalid_qweight_int4(
     ):
         if tensor.dtype != dtype or list(tensor.shape) != shape:
             return f"{name}: expected {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}"
-    if qweight.is_meta:
+    if qweight.is_meta or weight_scale.is_meta or weight_zero.is_meta:
         return None
     if not bool((weight_scale.isfinite() & (weight_scale >= 0)).all()):
         return "weight_scale: expected finite values from 0 on, got negative ones, NaN or infinity"

@@ -243,6 +243,8 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     Comparing lists takes a few nanoseconds an item, and does not touch tensors; a loop takes
     50, and a thousand small parameters have five thousand of them.
     """
+    if torch._C._is_torch_function_all_disabled():
+        return False  # == would ask the tensors, and those that are equal are not the same
     try:
         with _BY_IDENTITY:
             return a == b

@@ -32,7 +32,8 @@ class Int8:
     input_group_size: int | None = None
 
     def __post_init__(self) -> None:
-        problem = invalid_input_group_size(self.input_group_size or 0)
+        size = self.input_group_size
+        problem = invalid_input_group_size(0 if size is None else size)
         if problem:
             raise ValueError(f"Int8: input_group_size: {problem}")
 

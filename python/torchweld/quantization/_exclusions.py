@@ -20,8 +20,9 @@ class Exclusions:
     """
 
     def __init__(self, function: str, model: nn.Module, exclude: Exclusion | Iterable[Exclusion]):
-        is_one = isinstance(exclude, str) or callable(exclude)
-        self._all: list[Exclusion] = [exclude] if is_one else list(exclude)  # type: ignore[arg-type, list-item]
+        # A module is callable, and one that holds others iterable: neither is meant here.
+        is_many = isinstance(exclude, Iterable) and not isinstance(exclude, (str, type, nn.Module))
+        self._all: list[Exclusion] = list(exclude) if is_many else [exclude]  # type: ignore[arg-type, list-item]
         self._model = model
         names = [name for name, _ in model.named_modules(remove_duplicate=False)]
         for exclusion in self._all:
@@ -31,7 +32,7 @@ class Exclusions:
                         f"{function}: exclude: expected the name of a module, got {exclusion!r}, "
                         "which matches none"
                     )
-            elif not callable(exclusion):
+            elif not callable(exclusion) or isinstance(exclusion, nn.Module):
                 raise TypeError(
                     f"{function}: exclude: expected name patterns, module types or functions of "
                     f"name and module, got {exclusion!r}"
@@ -41,7 +42,7 @@ class Exclusions:
         """Which exclusion a layer of these names falls under, or None."""
         for exclusion in self._all:
             if any(self._hits(exclusion, name, module) for name in names):
-                what = exclusion if isinstance(exclusion, str) else exclusion.__name__
+                what = exclusion if isinstance(exclusion, str) else _name_of(exclusion)
                 return f"excluded by {what!r}"
         return None
 
@@ -59,3 +60,7 @@ def _path(name: str) -> list[str]:
     """``"a.b"`` to ``["", "a", "a.b"]``: the names of a module and of all that hold it."""
     parts = name.split(".") if name else []
     return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
+def _name_of(exclusion: object) -> str:
+    return getattr(exclusion, "__name__", type(exclusion).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchweld.nn.int4_linear import Int4Linear
 from torchweld.nn.qat_linear import QATLinear
@@ -84,6 +84,8 @@ def _obstacle_of_tensors(linear: nn.Linear) -> str | None:
     if weight.dtype not in _FLOATS:
         return f"weight is {weight.dtype}"
     for kind, tensor in (("weight", weight), ("bias", linear.bias)):
+        if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
+            return f"{kind} is a {type(tensor).__name__}"
         if tensor is not None and not bool(tensor.isfinite().all()):
             return f"{kind} holds a NaN or an infinity"
     return None
