@@ -28,7 +28,10 @@ def register_autograd(
     # The dispatcher leaves out what has its default value at the end.
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)
 
-    class Derivative(torch.autograd.Function):
+    # Not Function, which looks for the levels of torch.func: the dispatcher has taken levels apart.
+    class Derivative(torch.autograd.function._SingleLevelFunction):
+        _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
+
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             # Off in a function, but levels of torch.func below may want a gradient too.
@@ -53,7 +56,6 @@ def register_autograd(
         with enable_single_level_autograd_function():
             return apply(keyset, *args)
 
-    # Without torch's wrapper, which looks for functorch's levels: the dispatcher has done so.
-    apply = super(torch.autograd.Function, Derivative).apply
+    apply: Callable[..., Any] = Derivative.apply  # type: ignore[attr-defined]
     Derivative.__name__ = f"{op}_derivative"
     library.impl(op, autograd, "Autograd", with_keyset=True)
