@@ -13,12 +13,6 @@ namespace {
 // many rows; how a quantized byte is stored (xor kFlip); and tile<R, P>, which writes the sums of R
 // rows times P panels to c, [R][P * 16].
 
-[[maybe_unused]] inline int32_t load_quad(const int8_t* p) {
-  int32_t quad;
-  memcpy(&quad, p, sizeof quad);
-  return quad;
-}
-
 struct TileArgs {
   const int8_t* a;
   int64_t a_stride;

@@ -12,12 +12,6 @@ namespace {
 
 constexpr int kHalves = kPanelColumns / kLanesF;  // registers that hold a panel's columns
 
-inline int32_t load_quad(const int8_t* p) {
-  int32_t quad;
-  memcpy(&quad, p, sizeof quad);
-  return quad;
-}
-
 struct TileArgs {
   const int8_t* a;
   int64_t a_stride;

@@ -55,6 +55,13 @@ struct Math<double> {
   static constexpr int kLanes = kLanesD;
 };
 
+// Four bytes as the integer whose broadcast repeats them.
+inline int32_t load_quad(const int8_t* p) {
+  int32_t quad;
+  memcpy(&quad, p, sizeof quad);
+  return quad;
+}
+
 template <class V, class S>
 inline V broadcast(S s) {
   return s - V{};  // and not V{} + s, which would lose the sign of -0

@@ -37,7 +37,7 @@ void for_each_block(const LinearProduct& product, const F& f) {
   // The rows of a task, half a megabyte of them, stay in the second cache.
   constexpr int64_t kRowBytes = 1 << 19;
 
-  const auto [rows, columns, depth, row_bytes] = product;
+  const int64_t rows = product.rows, columns = product.columns, depth = product.depth;
   // The weight is read once, and fastest in few runs as long as they can be.
   if (rows <= kFewRows) {
     parallel_for(divide_up(columns, kFewColumns), kGrainWeights / (kFewColumns * (depth + 1)) + 1,
@@ -50,7 +50,7 @@ void for_each_block(const LinearProduct& product, const F& f) {
   const int64_t task_columns =
       rows * columns < kTasks * kColumns * kColumns ? kColumns / 2 : kColumns;
   const int64_t column_tasks = divide_up(columns, task_columns);
-  int64_t row_tasks = divide_up(rows * row_bytes, kRowBytes);
+  int64_t row_tasks = divide_up(rows * product.row_bytes, kRowBytes);
   while (row_tasks * column_tasks < kTasks && rows > 24 * row_tasks) row_tasks *= 2;
   const int64_t task_rows = std::max<int64_t>(round_up(divide_up(rows, row_tasks), 8), 16);
   row_tasks = divide_up(rows, task_rows);
