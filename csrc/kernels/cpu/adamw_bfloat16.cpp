@@ -24,7 +24,7 @@ void load_pair(const void* p, Pair& x) {
   } else {
     for (int j = 0; j < 2; ++j) {
       VecU16 bits;
-      memcpy(&bits, (const VecU16*)p + j, sizeof bits);
+      memcpy(&bits, (const char*)p + j * sizeof bits, sizeof bits);
       x[j] = widen(bits) << 16;
     }
   }
@@ -38,7 +38,7 @@ void store_pair(void* p, const Pair& x) {
   } else {
     for (int j = 0; j < 2; ++j) {
       const VecU16 bits = narrow(x[j] >> 16);
-      memcpy((VecU16*)p + j, &bits, sizeof bits);
+      memcpy((char*)p + j * sizeof bits, &bits, sizeof bits);  // p has no alignment
     }
   }
 }
