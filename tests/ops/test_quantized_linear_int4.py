@@ -1,15 +1,11 @@
 import functools
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torchweld as tw
-from torchweld import _C
 
+from tests.ops.instruction_sets import each_capability, run_digest
 from tests.ops.int4_layer import (
     ACTIVATIONS,
     DTYPES,
@@ -144,17 +140,9 @@ def _digest() -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("capability", _C.available_cpu_capabilities().split(","))
+@each_capability
 def test_same_bits_on_every_instruction_set(capability):
-    code = "from tests.ops.test_quantized_linear_int4 import _digest; print(_digest())"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TORCHWELD_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_digest(__name__, capability)
     assert result.stdout.strip() == _digest(), result.stderr
 
 

@@ -1,24 +1,19 @@
 import functools
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torchweld as tw
 from torch.nn import functional as F
-from torchweld import _C
 
+from tests.ops import int8_layer
+from tests.ops.instruction_sets import each_capability, run_digest
+from tests.ops.int8_layer import ACTIVATIONS, DTYPES, backward, randn
 from tests.reference import quantized_linear as reference
 from tests.tolerances import ROUNDOFF
 
 op = torch.ops.torchweld.weight_only_linear
-backward = torch.ops.torchweld.quantized_linear_backward
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = list(reference.ACTIVATIONS)
 # Every tail of rows, panels and quads, and all sizes of 0 and 1.
 SHAPES = [
     (0, 5, 7),
@@ -37,16 +32,8 @@ SHAPES = [
 ]
 
 
-class Weight:
-    """A random layer; int8 values reach both ends."""
-
-    def __init__(self, n, k, bias=True, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.k = k
-        self.q = torch.randint(-127, 128, (n, k), generator=generator).to(torch.int8)
-        self.scale = torch.rand(n, generator=generator) * 0.01 + 1e-4
-        self.bias = torch.randn(n, generator=generator) if bias else None
-        self.packed, _ = tw.ops.pack_weight(self.q)
+class Weight(int8_layer.Weight):
+    """The same layer, its activations left as they are."""
 
     def __call__(self, x, activation="identity", residual=None):
         return op(x, self.packed, self.scale, self.bias, residual, self.k, activation)
@@ -56,10 +43,6 @@ class Weight:
 
     def dequantize(self):
         return self.q.double() * self.scale.double()[:, None]
-
-
-def randn(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -178,17 +161,9 @@ def _digest() -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("capability", _C.available_cpu_capabilities().split(","))
+@each_capability
 def test_same_bits_on_every_instruction_set(capability):
-    code = "from tests.ops.test_weight_only_linear import _digest; print(_digest())"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TORCHWELD_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_digest(__name__, capability)
     assert result.stdout.strip() == _digest(), result.stderr
 
 
