@@ -125,6 +125,8 @@ def test_small_layers():
         assert tw.quantization.worth_quantizing(config, 4096, 4096)
         assert not tw.quantization.worth_quantizing(config, 16, 4096)
         assert not tw.quantization.worth_quantizing(config, 4096, 16)
+    with pytest.raises(TypeError, match=r"worth_quantizing: config: expected .*Int8'>"):
+        tw.quantization.worth_quantizing(tw.Int8, 4096, 4096)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("inference", [True, False])

@@ -70,6 +70,16 @@ class Int4:
 Config = Int8 | Int8WeightOnly | Int4
 
 
+def check_config(function: str, config: object) -> Config:
+    """The argument of a function, if it is a config; TypeError otherwise."""
+    if not isinstance(config, (Int8, Int8WeightOnly, Int4)):
+        raise TypeError(
+            f"{function}: config: expected torchweld.Int8(), Int8WeightOnly() or Int4(), got "
+            f"{config!r}"
+        )
+    return config
+
+
 def layer_of(config: Config) -> tuple[Kind, dict[str, Any]]:
     """The module a config stands for, and the options of its ``from_float``."""
     if isinstance(config, Int8):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchweld.nn.multihead_attention import MultiheadAttention
 from torchweld.quantization import _measure
 from torchweld.quantization._adapters import Target, adapter_of, is_candidate
-from torchweld.quantization._configs import Config, Int4, Int8, Int8WeightOnly
+from torchweld.quantization._configs import Config, Int8, check_config
 from torchweld.quantization._exclusions import Exclusion, Exclusions
 from torchweld.quantization._reads import reader
 from torchweld.quantization._reasons import (
@@ -141,12 +141,7 @@ def prepare_qat(
 def _check(function: str, model: object, config: object) -> Config:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model: expected an nn.Module, got {type(model).__name__}")
-    if not isinstance(config, (Int8, Int8WeightOnly, Int4)):
-        raise TypeError(
-            f"{function}: config: expected torchweld.Int8(), Int8WeightOnly() or Int4(), got "
-            f"{config!r}"
-        )
-    return config
+    return check_config(function, config)
 
 
 @dataclass

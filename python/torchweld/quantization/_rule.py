@@ -6,7 +6,7 @@ nothing is left of it.
 
 from __future__ import annotations
 
-from torchweld.quantization._configs import Config, Int4, Int8, Int8WeightOnly
+from torchweld.quantization._configs import Config, Int4, Int8, Int8WeightOnly, check_config
 
 # Smallest number of input and of output features, for each config: as benchmarks/linear_rule.py
 # fits them to benchmarks/results/rule/linear.csv.
@@ -28,10 +28,13 @@ def worth_quantizing(config: Config, in_features: int, out_features: int) -> boo
     Returns:
         What :func:`torchweld.quantize` goes by, unless ``keep_small=False``.
 
+    Raises:
+        TypeError: ``config`` is not one.
+
     Example:
         >>> import torchweld as tw
         >>> tw.quantization.worth_quantizing(tw.Int8(), 768, 10)
         False
     """
-    smallest_in, smallest_out = SMALLEST[type(config)]
+    smallest_in, smallest_out = SMALLEST[type(check_config("worth_quantizing", config))]
     return in_features >= smallest_in and out_features >= smallest_out
