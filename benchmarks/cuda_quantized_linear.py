@@ -9,7 +9,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 import torchweld as tw
@@ -22,11 +22,13 @@ from benchmarks.harness import Contender, Job, Setup
 from benchmarks.machine import Cost
 from benchmarks.records import OURS, PEER, STOCK
 
-Run = Callable[[Tensor], Tensor]
 CUBLAS, SEPARATE = "bfloat16", "torch._int_mm + scaling"
 INT8, INT4 = "torchweld int8", "torchweld int4 in groups of 128"
 WEIGHT_ONLY = "torchweld int8 weight-only"
 COMPILED = "torchao, compiled"
+# So many layers are one graph, as those of a model are: to launch one takes as long as the product
+# of one token, and shall not be most of what is measured. Each has a weight of its own.
+COPIES = 8
 # Where a session of few tokens spends its time: the layers these are asked of.
 FEW_TOKENS = ((4096, 4096), (11008, 4096))
 
@@ -35,7 +37,7 @@ FEW_TOKENS = ((4096, 4096), (11008, 4096))
 class Way:
     """A way to compute a linear layer; see :class:`benchmarks.bench_quantized_linear.Way`."""
 
-    make: Callable[[nn.Linear], Run]
+    make: Callable[[nn.Linear], nn.Module]
     tolerance: float
     kind: str = STOCK
     # Whether it can: stock's int8 product takes more than 16 rows, and sizes of whole 8s.
@@ -60,13 +62,27 @@ class IntMM(nn.Module):
         return (product * scale * self.scale + self.bias).to(x.dtype)
 
 
-def torchao(layer: nn.Linear, config: str, compiled: bool = False) -> Run:
-    """As its documentation quantizes a model."""
-    from torchao import quantization
+class Torchao(nn.Module):
+    """As its documentation quantizes a model; one compiled function for all copies of a layer."""
 
-    model = nn.Sequential(copy.deepcopy(layer).bfloat16())
-    quantization.quantize_(model, getattr(quantization, config)())
-    return torch.compile(model) if compiled else model
+    def __init__(self, layer: nn.Linear, config: str, compiled: bool = False):
+        super().__init__()
+        from torchao import quantization
+
+        model = nn.Sequential(copy.deepcopy(layer).bfloat16())
+        quantization.quantize_(model, getattr(quantization, config)())
+        self.linear, self.compiled = model[0], compiled
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[M, K]`` to ``[M, N]``."""
+        if not self.compiled:
+            return self.linear(x)
+        return compiled_linear()(x, self.linear.weight, self.linear.bias)
+
+
+@cache
+def compiled_linear() -> Callable[..., Tensor]:
+    return torch.compile(nn.functional.linear, dynamic=False)
 
 
 def takes_int_mm(case: cases.LinearCase) -> bool:
@@ -85,10 +101,10 @@ WAYS: dict[str, Way] = {
 }
 DYNAMIC, ONLY = "Int8DynamicActivationInt8WeightConfig", "Int8WeightOnlyConfig"
 TORCHAO: dict[str, Way] = {
-    "torchao": Way(partial(torchao, config=DYNAMIC), 0.05, PEER, takes_int_mm),
-    COMPILED: Way(partial(torchao, config=DYNAMIC, compiled=True), 0.05, PEER, takes_int_mm),
+    "torchao": Way(partial(Torchao, config=DYNAMIC), 0.05, PEER, takes_int_mm),
+    COMPILED: Way(partial(Torchao, config=DYNAMIC, compiled=True), 0.05, PEER, takes_int_mm),
     "torchao weight-only, compiled": Way(
-        partial(torchao, config=ONLY, compiled=True), 0.05, PEER, lambda case: case.m <= 32
+        partial(Torchao, config=ONLY, compiled=True), 0.05, PEER, lambda case: case.m <= 32
     ),
 }
 
@@ -115,28 +131,31 @@ def side_by_side(case: cases.LinearCase, compiled: bool, device: Device) -> Setu
             one.asked = asked(one.name, case)
     bytes = case.n * case.k // 2 + 2 * case.m * (case.n + case.k)
     cost = Cost(bytes, 2 * case.m * case.n * case.k, "int8", cold=True)
-    return Setup(contenders, [exact.float()], [cost], device, cold=True)
+    return Setup(contenders, COPIES * [exact.float()], [cost], device, cold=True)
 
 
-def contender(name: str, way: Way, run: Run, x: Tensor, device: Device) -> Contender:
+def contender(
+    name: str, way: Way, runs: Sequence[nn.Module], x: Tensor, device: Device
+) -> Contender:
     """Return one captured when it is checked, so that one who fails is the one left out."""
 
     @torch.no_grad()
-    def once() -> Sequence[Tensor]:
-        return (run(x),)
+    def all_layers() -> Sequence[Tensor]:
+        return [run(x) for run in runs]
 
     def check() -> Sequence[Tensor]:
-        found.run = device.captured(once)
+        found.run = device.captured(all_layers)
         return found.run()
 
-    found = Contender(name, once, way.tolerance, way.kind, check)
+    found = Contender(name, all_layers, way.tolerance, way.kind, check, repeats=len(runs))
     return found
 
 
 @lru_cache(maxsize=len(WAYS) + len(TORCHAO))
-def made(name: str, n: int, k: int, device: Device) -> Run:
-    """Return what runs of the layer: the batches of a shape share it."""
-    return (WAYS | TORCHAO)[name].make(drawn(n, k, device))
+def made(name: str, n: int, k: int, device: Device) -> Sequence[nn.Module]:
+    """Return what runs of the layer, copies of it; the batches of a shape share them."""
+    first = (WAYS | TORCHAO)[name].make(drawn(n, k, device))
+    return [first, *(copy.deepcopy(first) for _ in range(COPIES - 1))]
 
 
 @lru_cache(maxsize=1)

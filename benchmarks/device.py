@@ -71,13 +71,13 @@ class Cuda(Device):
         self.name: str = facts.name
         self.capability = f"sm_{facts.major}{facts.minor}"
         self.cache_bytes: int = facts.L2_cache_size
-        # Four times the cache, which keeps no line of what was there whatever it replaces first.
+        # Enough that no line is left of what was there, whichever the cache replaces first.
         self._spare: Any = None
 
     def overwrite_cache(self) -> None:
         """Queue the writing of more than the cache holds."""
         if self._spare is None:
-            self._spare = torch.empty(4 * self.cache_bytes, dtype=torch.int8, device=self.type)
+            self._spare = torch.empty(2 * self.cache_bytes, dtype=torch.int8, device=self.type)
         self._spare.zero_()
 
     def sample(self, run: Callable[[], object], calls: int, cold: bool = False) -> float:
