@@ -123,31 +123,25 @@ def side_by_side(case: cases.LinearCase, compiled: bool, device: Device) -> Setu
     given = x.bfloat16()
     ways = WAYS | (TORCHAO if compiled and importlib.util.find_spec("torchao") else {})
     contenders = [
-        contender(name, way, made(name, case.n, case.k, device), given, device)
-        for name, way in ways.items() if way.takes(case)
-    ]  # fmt: skip
-    for one in contenders:
-        if one.kind == OURS:
-            one.asked = asked(one.name, case)
+        contender(name, way, case, given, device) for name, way in ways.items() if way.takes(case)
+    ]
     bytes = case.n * case.k // 2 + 2 * case.m * (case.n + case.k)
     cost = Cost(bytes, 2 * case.m * case.n * case.k, "int8", cold=True)
     return Setup(contenders, COPIES * [exact.float()], [cost], device, cold=True)
 
 
-def contender(
-    name: str, way: Way, runs: Sequence[nn.Module], x: Tensor, device: Device
-) -> Contender:
-    """Return one captured when it is checked, so that one who fails is the one left out."""
-
-    @torch.no_grad()
-    def all_layers() -> Sequence[Tensor]:
-        return [run(x) for run in runs]
+def contender(name: str, way: Way, case: cases.LinearCase, x: Tensor, device: Device) -> Contender:
+    """Return one made and captured when it is checked: who fails there is left out alone."""
 
     def check() -> Sequence[Tensor]:
-        found.run = device.captured(all_layers)
+        layers = made(name, case.n, case.k, device)
+        found.run = device.captured(lambda: [layer(x) for layer in layers])
         return found.run()
 
-    found = Contender(name, all_layers, way.tolerance, way.kind, check, repeats=len(runs))
+    limits = asked(name, case) if way.kind == OURS else {}
+    found = Contender(
+        name, list, way.tolerance, way.kind, torch.no_grad()(check), asked=limits, repeats=COPIES
+    )
     return found
 
 

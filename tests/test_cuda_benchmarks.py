@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import types
 
@@ -320,6 +321,31 @@ def test_largest_model_has_a_billion_parameters():
     assert 0.9e9 < sizes["GPT of 1 B"] < 1.1e9
     assert sizes["1 M in 100 tensors"] == 10**6
     assert sum(size < cuda_adamw.SMALL for size in sizes.values()) >= 3
+
+
+def test_a_run_ends_with_what_was_asked(monkeypatch, tmp_path, capsys):
+    def refuses(layer):
+        raise NotImplementedError("not yet")
+
+    way = dataclasses.replace(cuda_quantized_linear.WAYS["torchweld int8"], make=refuses)
+    monkeypatch.setitem(cuda_quantized_linear.WAYS, "torchweld int8", way)
+    monkeypatch.setattr(cases, "CUDA_ADAMW", [])
+    monkeypatch.setattr(main.device, "find", lambda name: CPU)
+    monkeypatch.setattr(main.Machine, "probe", lambda device: MACHINE)
+    monkeypatch.setattr(main.malloc, "enter", lambda state: None)
+    arguments = ["quantized_linear", "--device=cuda", "--quick", "--keep-going", "--case=5x257"]
+    monkeypatch.setattr("sys.argv", ["", *arguments, f"--output={tmp_path}"])
+    assert main.main() == 1
+    text = capsys.readouterr().out
+    assert "FAILED: quantized_linear on cuda, 5x257x129: torchweld int8: " in text
+    assert "onnxruntime" not in text
+    (path,) = tmp_path.glob("*.csv")
+    assert path.name == "2026-01-01-a-gpu-default-quick.csv"
+    names = [bar.row["contender"] for bar in records.bars(records.read(path))]
+    ours = [name for name, way in cuda_quantized_linear.WAYS.items() if way.kind == OURS]
+    assert names == [name for name in ours if name != "torchweld int8"]
+    words = " ".join(text.split())
+    assert all(f"5x257x129 {name} bfloat16 1" in words for name in names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
