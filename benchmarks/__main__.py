@@ -229,7 +229,8 @@ def main() -> int:
             if rows:
                 bar.write(report.case(rows) + "\n")
             bar.update()
-    print(report.summary(everything), report.reached(everything), sep="\n\n", end="\n\n")
+    texts = report.summary(everything), report.reached(everything)
+    print(*filter(None, texts), sep="\n\n", end="\n\n")
     for failure in failures or []:
         print(f"FAILED: {failure}")
     print(f"written to {path}")

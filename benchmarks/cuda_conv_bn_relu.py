@@ -62,7 +62,7 @@ class Precision:
 
 BFLOAT16 = Precision(torch.bfloat16, 0.03, 0.05)
 FLOAT16 = Precision(torch.float16, 0.005, 0.01)
-FLOAT32 = Precision(torch.float32, 0.002, 0.005)
+FLOAT32 = Precision(torch.float32, 0.005, 0.005)
 
 
 def layers(quick: bool, compiled: bool, device: Device) -> Iterator[Job]:

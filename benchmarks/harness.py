@@ -279,6 +279,7 @@ def record(
     Where ``failures`` are collected, a job that cannot be set up is one, and has no rows.
     """
     before = len(failures or [])
+    gc.collect()  # what the last job held may be most of a device's memory
     try:
         setup = job.setup()
         found = measure(setup, rounds=rounds, seconds=seconds, tick=tick, failures=failures)

@@ -148,7 +148,7 @@ def main() -> None:
         print(path, end="\n\n")
         if options.cases:
             print(*map(case, by_case(records)), sep="\n\n", end="\n\n")
-        print(summary(records), reached(records), sep="\n\n", end="\n\n")
+        print(*filter(None, (summary(records), reached(records))), sep="\n\n", end="\n\n")
     if options.plot:
         print(*plots.draw(everything, options.plot), sep="\n")
 
