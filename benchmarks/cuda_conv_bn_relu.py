@@ -84,7 +84,8 @@ def models(quick: bool, compiled: bool, device: Device) -> Iterator[Job]:
 
 
 def training(case: cases.ConvCase, precision: Precision, compiled: bool, device: Device) -> Setup:
-    p = bench_conv_bn_relu.problem(case, frozen=False).map(lambda _, t: t.to(device.type))
+    with torch.device(device.type):
+        p = bench_conv_bn_relu.problem(case, frozen=False)
     p.input, p.weight = (t.to(precision.dtype).float() for t in (p.input, p.weight))
     grad, expected = exactly(p, precision)
     laid, g = (t.to(precision.dtype, memory_format=NHWC) for t in (p.input, grad))

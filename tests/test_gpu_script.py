@@ -36,7 +36,7 @@ def test_dry_run_shows_every_stage(run, tmp_path):
         assert f"--tool {tool}" in done.stdout
     for test in (ROOT / "tests/cuda").glob("test_*.py"):
         assert f"-m pytest tests/cuda/{test.name}" in done.stdout
-    assert done.stdout.count("-m benchmarks ") == 4
+    assert done.stdout.count("-m benchmarks ") == 5
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["summary.txt"]
 
 

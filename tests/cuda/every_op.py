@@ -122,6 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args(arguments).device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("no GPU, or a torch without CUDA")
+        return 1
     # Beside the CPU's float32, and not to one part in a thousand.
     torch.backends.cudnn.allow_tf32 = False
     verdicts = {}
