@@ -7,7 +7,7 @@ SHELL := bash
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test cuda-check bench app lint format clean
+.PHONY: help setup demo test cuda-check gpu bench app lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: setup app  ## all tests: pytest, then ctest of the kernels under sanitizer
 
 cuda-check: setup  ## compile and link the CUDA half; no GPU needed
 	.ci/cuda
+
+gpu:  ## build, test and measure the CUDA half, on a machine with a GPU
+	PYTHON=$(PYTHON) .ci/gpu --output build/gpu/out
 
 bench: setup  ## compare with stock PyTorch and other engines, about an hour; figures too
 	pip install --quiet --group peers

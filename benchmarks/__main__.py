@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ from benchmarks import (
     bench_conv_bn_relu,
     bench_models,
     bench_quantized_linear,
+    cuda_adamw,
+    cuda_conv_bn_relu,
+    cuda_quantized_linear,
+    device,
     harness,
     inference,
     linear_peers,
@@ -27,11 +32,19 @@ from benchmarks import (
 from benchmarks.machine import Machine
 from benchmarks.records import Row, Writer
 
-FAMILIES = {
-    "conv_bn_relu": bench_conv_bn_relu,
-    "models": bench_models,
-    "adamw": bench_adamw,
-    "quantized_linear": bench_quantized_linear,
+FAMILIES: dict[str, dict[str, Callable[..., Iterator[harness.Job]]]] = {
+    "cpu": {
+        "conv_bn_relu": bench_conv_bn_relu.jobs,
+        "models": bench_models.jobs,
+        "adamw": bench_adamw.jobs,
+        "quantized_linear": bench_quantized_linear.jobs,
+    },
+    "cuda": {
+        "adamw": cuda_adamw.jobs,
+        "conv_bn_relu": cuda_conv_bn_relu.layers,
+        "models": cuda_conv_bn_relu.models,
+        "quantized_linear": cuda_quantized_linear.jobs,
+    },
 }
 
 # What holds each library to an instruction set: all of them, or a ratio would compare two.
@@ -69,7 +82,13 @@ def parse() -> argparse.Namespace:
         "Read ratios, not milliseconds, on a machine that is shared.",
     )
     parser.add_argument(
-        "families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)} (default: all)"
+        "families",
+        nargs="*",
+        metavar="family",
+        help=f"of {', '.join(FAMILIES['cpu'])} (default: all)",
+    )
+    parser.add_argument(
+        "--device", choices=FAMILIES, default="cpu", help="what to measure (default: %(default)s)"
     )
     parser.add_argument(
         "--quick",
@@ -83,6 +102,11 @@ def parse() -> argparse.Namespace:
         "--compile",
         action="store_true",
         help="torch.compile joins convolutions and models (many minutes of compiling)",
+    )
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="leave out who is wrong or fails, say so, and exit with 1 at the end",
     )
     parser.add_argument(
         "--rounds", type=int, metavar="N", help="rounds of each case (default: 15; --quick: 3)"
@@ -101,9 +125,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--malloc",
         choices=malloc.STATES,
-        default="kept",
         help="state of the C library's memory: kept, so that large tensors reuse pages; fresh, so "
-        "that each touches new ones; another library; or glibc's own ways (default: %(default)s)",
+        "that each touches new ones; another library; or glibc's own ways "
+        "(default: kept; for a GPU default)",
     )
     parser.add_argument(
         "--capability",
@@ -119,9 +143,11 @@ def parse() -> argparse.Namespace:
         help="where <date>-<cpu>-<malloc>.csv and figures go (default: %(default)s)",
     )
     options = parser.parse_args()
-    unknown = [name for name in options.families if name not in FAMILIES]
+    families = FAMILIES[options.device]
+    unknown = [name for name in options.families if name not in families]
     if unknown:
-        parser.error(f"family: expected {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+        parser.error(f"family: expected {', '.join(families)}, got {', '.join(unknown)}")
+    options.malloc = options.malloc or ("kept" if options.device == "cpu" else "default")
     for name in ("rounds", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -138,8 +164,9 @@ def parse() -> argparse.Namespace:
 def create(machine: Machine, options: argparse.Namespace) -> Path:
     """Make a new file; what was measured before stays."""
     options.output.mkdir(parents=True, exist_ok=True)
-    cpu = re.sub(r"[^a-z0-9]+", "-", machine.cpu_model.lower()).strip("-")
-    stem = f"{machine.date[:10]}-{cpu}-{options.malloc}{'-quick' if options.quick else ''}"
+    model = machine.cpu_model if machine.device == device.CPU.name else machine.device
+    name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    stem = f"{machine.date[:10]}-{name}-{options.malloc}{'-quick' if options.quick else ''}"
     number = 1
     while True:
         path = options.output / f"{stem}{f'-{number}' if number > 1 else ''}.csv"
@@ -154,27 +181,35 @@ def main() -> int:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
+    try:
+        chosen = device.find(options.device)
+    except RuntimeError as missing:
+        print(f"--device: {missing}", file=sys.stderr)
+        return 2
+    families = FAMILIES[options.device]
+    how = (options.quick, options.compile, *([chosen] if options.device == "cuda" else []))
     jobs = [
         job
-        for name in dict.fromkeys(options.families or FAMILIES)
-        for job in FAMILIES[name].jobs(options.quick, options.compile)
+        for name in dict.fromkeys(options.families or families)
+        for job in families[name](*how)
         if options.case in f"{job.op} {job.case}"
     ]
     if not jobs:
         print(f"--case: expected part of a case's name, got {options.case!r}", file=sys.stderr)
         return 2
-    machine = Machine.probe()
+    machine = Machine.probe(chosen)
     if machine.load > 0.5 * (os.cpu_count() or 1):
         print(f"note: this machine is busy (load {machine.load:.1f}), trust no number")
     print(machine)
-    for peer in dict.fromkeys(
-        (*inference.missing(), *optimizers.missing(), *linear_peers.missing())
-    ):
+    # Of the peers of inference and of linear layers only torchao runs on a GPU.
+    others = () if options.device == "cuda" else (*inference.missing(), *linear_peers.missing())
+    for peer in dict.fromkeys((*optimizers.missing(), *others)):
         print(f"{peer} is not installed and left out (pip install --group peers)")
     print()
     path = create(machine, options)
     rounds = options.rounds or (3 if options.quick else 15)
     everything: list[Row] = []
+    failures: list[str] | None = [] if options.keep_going else None
     with path.open("w", newline="") as file, tqdm(total=len(jobs), unit="case") as bar:
         writer = Writer(file)
         for job in jobs:
@@ -187,18 +222,23 @@ def main() -> int:
                 rounds=rounds,
                 seconds=options.seconds,
                 tick=lambda number: bar.set_postfix_str(f"round {number}"),
+                failures=failures,
             )
             writer.write(rows)
             everything += rows
-            bar.write(report.case(rows) + "\n")
+            if rows:
+                bar.write(report.case(rows) + "\n")
             bar.update()
-    print(report.summary(everything), end="\n\n")
+    texts = report.summary(everything), report.reached(everything)
+    print(*filter(None, texts), sep="\n\n", end="\n\n")
+    for failure in failures or []:
+        print(f"FAILED: {failure}")
     print(f"written to {path}")
     try:
         print(*plots.draw(everything, path.with_suffix("")), sep="\n")
     except ModuleNotFoundError as missing:
         print(f"no figures: {missing}")
-    return 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torchweld as tw
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks import cases
+from benchmarks.device import CPU, Device
 from benchmarks.harness import Job, Setup
 from benchmarks.optimizers import (
     FLOAT32,
@@ -52,15 +53,15 @@ def jobs(quick: bool, compiled: bool) -> Iterator[Job]:
         yield Job("adamw by size", f"1e{exponent}", partial(sized, 10**exponent, compiled))
 
 
-def step(case: cases.AdamWCase) -> Setup:
-    training = Training(case)
+def step(case: cases.AdamWCase, device: Device = CPU) -> Setup:
+    training = Training(case, device=device)
     contenders = [
         training.stock(FLOAT32, "for-loop", foreach=False),
         training.stock(FLOAT32, "foreach", foreach=True),
         training.stock(FLOAT32),
         training.ours(FLOAT32),
     ]
-    return Setup(contenders, training.expected(), [FLOAT32.cost(case.size)])
+    return Setup(contenders, training.expected(), [FLOAT32.cost(case.size)], device)
 
 
 def clipped_step(case: cases.AdamWCase) -> Setup:
@@ -79,24 +80,24 @@ def clipped_step(case: cases.AdamWCase) -> Setup:
     return Setup(contenders, training.expected(MAX_NORM), [cost])
 
 
-def scaled_step(case: cases.AdamWCase) -> Setup:
+def scaled_step(case: cases.AdamWCase, device: Device = CPU) -> Setup:
     """Step as a loop with mixed precision does.
 
     The scale is 1 and stays so, since stock would divide the same gradients by it in every call; it
     multiplies them all the same.
     """
-    training = Training(case, rewritten=True)
+    training = Training(case, rewritten=True, device=device)
     fused = torch.optim.AdamW(training.params, **HYPER, fused=True)
     folded, plain = (
         tw.optim.AdamW(training.params, **HYPER, max_grad_norm=MAX_NORM) for _ in range(2)
     )
 
     def started(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
-        scaler.scale(torch.zeros(()))
+        scaler.scale(torch.zeros((), device=device.type))
         return scaler
 
     stock, ours, stock_of_ours = (
-        started(kind("cpu", init_scale=1.0, growth_interval=2**30))
+        started(kind(device.type, init_scale=1.0, growth_interval=2**30))
         for kind in (torch.amp.GradScaler, tw.amp.GradScaler, torch.amp.GradScaler)
     )
 
@@ -121,7 +122,7 @@ def scaled_step(case: cases.AdamWCase) -> Setup:
         ),
     ]
     cost = FLOAT32.cost(case.size, reads_of_grads=2)
-    return Setup(contenders, training.expected(MAX_NORM), [cost])
+    return Setup(contenders, training.expected(MAX_NORM), [cost], device)
 
 
 def stored(case: cases.AdamWCase, layout: Layout, compiled: bool) -> Setup:

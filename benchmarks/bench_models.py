@@ -13,6 +13,7 @@ import torchweld as tw
 from torch import Tensor, nn
 
 from benchmarks import cases, inference
+from benchmarks.device import CPU, Device
 from benchmarks.harness import Contender, Job, Setup
 from benchmarks.inference import LAYOUTS
 from benchmarks.kept import kept_bytes
@@ -122,15 +123,17 @@ def bfloat16(case: cases.ModelCase) -> Setup:
     return Setup(contenders, expected, costs(model, x, unit="bfloat16"))
 
 
-def evaluated(case: cases.ModelCase) -> tuple[nn.Module, Tensor, Sequence[Tensor]]:
+def evaluated(
+    case: cases.ModelCase, device: Device = CPU
+) -> tuple[nn.Module, Tensor, Sequence[Tensor]]:
     """Return a model in evaluation mode that has seen its input, and the exact output."""
-    model, x = problem(case)
+    model, x = (one.to(device.type) for one in problem(case))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the running statistics are the batch's
     with torch.no_grad():
         # One batch more, so that no channel of the last layers has a variance of a single value.
-        model(torch.randn(max(4, case.batch), *case.input_shape[1:]))
+        model(torch.randn(max(4, case.batch), *case.input_shape[1:], device=device.type))
         model.eval()
         return model, x, [copy.deepcopy(model).double()(x.double())]
 

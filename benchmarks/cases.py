@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from benchmarks import models
@@ -229,3 +230,54 @@ LINEAR_FEW = [
     )
 ]
 LINEAR_QUICK = [LinearCase(64, 128, 576), LinearCase(5, 257, 129)]
+
+# What a GPU is asked. Batches are those of training and of fine-tuning; one image is inference's.
+CUDA_CONV = [
+    ConvCase(f"{name}, batch {batch}", batch, *shape, **how)
+    for batch in (256, 32)
+    for name, shape, how in (
+        ("r50 stem 3->64 7x7/2 @224", (3, 64, 7, 224), {"stride": 2}),
+        ("r50 64->64 1x1 @56", (64, 64, 1, 56), {}),
+        ("r50 64->64 3x3 @56", (64, 64, 3, 56), {}),
+        ("r50 64->256 1x1 @56", (64, 256, 1, 56), {}),
+        ("r50 256->64 1x1 @56", (256, 64, 1, 56), {}),
+        ("r50 128->128 3x3 @28", (128, 128, 3, 28), {}),
+        ("r50 256->256 3x3 @14", (256, 256, 3, 14), {}),
+        ("r50 1024->256 1x1 @14", (1024, 256, 1, 14), {}),
+        ("r50 512->2048 1x1 @7", (512, 2048, 1, 7), {}),
+        ("mbv2 depthwise 144 3x3 @56", (144, 144, 3, 56), {"groups": 144}),
+    )
+]  # fmt: skip
+CUDA_CONV_QUICK = [ConvCase("16->24 3x3 @8, batch 4", 4, 16, 24, 3, 8)]
+CUDA_TRAINING = [ModelCase("ResNet-50", models.resnet50, n) for n in (256, 32)]
+CUDA_INFERENCE = [ModelCase("ResNet-50", models.resnet50, n) for n in (1, 32, 256)]
+
+
+def shapes_of(build: Callable[[], nn.Module]) -> list[Shape]:
+    """Return the shapes of a model's parameters."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in build().parameters()]
+
+
+CUDA_ADAMW = [
+    AdamWCase("1 M in 100 tensors", [(100, 100)] * 100),
+    AdamWCase("MobileNetV2", shapes_of(models.mobilenet_v2)),
+    AdamWCase("ResNet-18", shapes_of(models.resnet18)),
+    AdamWCase("ResNet-50", resnet50_shapes()),
+    AdamWCase("GPT-2", gpt2_shapes()),
+    AdamWCase("67 M in 4 tensors", [(4096, 4096)] * 4),  # one shape, for which torchao compiles
+    AdamWCase("GPT of 1 B", gpt2_shapes(layers=30, width=1600)),
+]
+CUDA_LINEAR_ROWS = (1, 2, 4, 8, 16, 32, 512, 2048, 4096)
+CUDA_LINEAR = [
+    *(
+        LinearCase(m, n, k)
+        for n, k in ((4096, 4096), (11008, 4096), (4096, 11008))
+        for m in CUDA_LINEAR_ROWS
+    ),
+    *(
+        LinearCase(m, n, k)
+        for n, k in ((4095, 4097), (1000, 2048), (768, 3072))
+        for m in (1, 16, 512)
+    ),
+]  # fmt: skip

@@ -12,19 +12,20 @@ import gc
 import math
 import random
 import statistics
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from benchmarks.device import CPU, Device
 from benchmarks.machine import Cost, Machine
-from benchmarks.records import OURS, STOCK, Row
+from benchmarks.records import OURS, STOCK, Row, asked
 
 # Short work is repeated until a sample is long beside the clock and the first, cold call.
 SAMPLE_SECONDS = 2e-3
-# Worker threads of the last contender's library spin this long in wait of more work.
-SETTLE_SECONDS = 5e-3
+# A cold call is timed by itself, and has the emptying of a cache before it.
+MOST_COLD_CALLS = 20
 FEWEST_ROUNDS = 5
 
 
@@ -47,6 +48,9 @@ class Contender:
         saved_bytes: what a forward pass keeps for backward, if that is of interest.
         held_bytes: returns, after the check, what a parameter of an optimizer takes: itself, its
             gradient and its states; None if that is not of interest.
+        asked: what it shall reach: how many times as fast as the contender of a name, or one of
+            the limits in :mod:`benchmarks.records`.
+        repeats: how many times a call does the job.
     """
 
     name: str
@@ -56,15 +60,22 @@ class Contender:
     check: Callable[[], Sequence[Tensor]] | None = None
     saved_bytes: int | None = None
     held_bytes: Callable[[], float] | None = None
+    asked: Mapping[str, float] = field(default_factory=dict)
+    repeats: int = 1
 
 
 @dataclass
 class Setup:
-    """A job ready to run: who does it, the results in float64, and what its parts must cost."""
+    """A job ready to run: who does it, the results in float64, and what its parts must cost.
+
+    It runs on ``device``, with nothing in its cache if ``cold``.
+    """
 
     contenders: list[Contender]
     reference: Sequence[Tensor]
     costs: Sequence[Cost] = ()
+    device: Device = CPU
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,19 +125,13 @@ def check(contender: Contender, reference: Sequence[Tensor]) -> float:
     return max(errors, default=0.0)
 
 
-def sample(run: Callable[[], object], calls: int) -> float:
-    """Return the mean milliseconds of a call over some calls in a row."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls * 1e3
-
-
 def interleave(
     contenders: Sequence[Contender],
     rounds: int,
     calls: Mapping[str, int],
     tick: Callable[[int], None] = lambda _: None,
+    device: Device = CPU,
+    cold: bool = False,
 ) -> dict[str, list[float]]:
     """Return milliseconds by contender, one for each round.
 
@@ -136,6 +141,8 @@ def interleave(
         rounds: how many.
         calls: how many calls make one sample, by contender.
         tick: called with the number of every finished round.
+        device: what they run on.
+        cold: see :meth:`Device.sample`.
     """
     samples: dict[str, list[float]] = {c.name: [] for c in contenders}
     order = list(contenders)
@@ -146,8 +153,9 @@ def interleave(
         for number in range(1, rounds + 1):
             shuffle(order)
             for contender in order:
-                time.sleep(SETTLE_SECONDS)
-                samples[contender.name].append(sample(contender.run, calls[contender.name]))
+                device.settle()
+                a_call = device.sample(contender.run, calls[contender.name], cold)
+                samples[contender.name].append(a_call / contender.repeats)
             tick(number)
     finally:
         gc.enable()
@@ -160,6 +168,7 @@ def measure(
     rounds: int,
     seconds: float,
     tick: Callable[[int], None] = lambda _: None,
+    failures: list[str] | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Check all contenders, then time them.
 
@@ -168,23 +177,39 @@ def measure(
         rounds: rounds to run.
         seconds: stop earlier when they would take longer than this, but not before FEWEST_ROUNDS.
         tick: see :func:`interleave`.
+        failures: if given, a contender that is wrong or fails leaves the setup, and why is
+            appended.
 
     Returns:
         Errors, and milliseconds of every round, by contender.
 
     Raises:
-        WrongResultError: a contender is wrong.
+        WrongResultError: a contender is wrong, and no ``failures`` are collected.
     """
-    errors = {c.name: check(c, setup.reference) for c in setup.contenders}
+    errors = {}
+    for contender in list(setup.contenders):
+        try:
+            errors[contender.name] = check(contender, setup.reference)
+        except Exception as failure:
+            if failures is None:
+                raise
+            failures.append(f"{contender.name}: {in_a_line(failure)}")
+            setup.contenders.remove(contender)
     calls, a_round = {}, 0.0
+
+    def estimated(run: Callable[[], object]) -> float:
+        return setup.device.sample(run, 1, setup.cold) / 1e3
+
     for contender in setup.contenders:
-        estimate = sample(contender.run, 1) / 1e3
+        estimate = estimated(contender.run)
         if estimate < 0.1:  # the first call after the check may still be a slow one
-            estimate = min(estimate, *(sample(contender.run, 1) / 1e3 for _ in range(2)))
-        calls[contender.name] = max(1, round(SAMPLE_SECONDS / estimate))
+            estimate = min(estimate, *(estimated(contender.run) for _ in range(2)))
+        most = MOST_COLD_CALLS if setup.cold else sys.maxsize
+        calls[contender.name] = min(most, max(1, round(SAMPLE_SECONDS / estimate)))
         a_round += calls[contender.name] * estimate
-    rounds = min(rounds, max(FEWEST_ROUNDS, int(seconds / a_round)))
-    return errors, interleave(setup.contenders, rounds, calls, tick)
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(seconds / max(a_round, 1e-9))))
+    samples = interleave(setup.contenders, rounds, calls, tick, setup.device, setup.cold)
+    return errors, samples
 
 
 def rows(
@@ -211,6 +236,7 @@ def rows(
                 "case": job.case,
                 "contender": contender.name,
                 "kind": contender.kind,
+                "asked": asked(contender.asked),
                 "median_ms": round(median, 5),
                 "p25": round(p25, 5),
                 "p75": round(p75, 5),
@@ -223,6 +249,7 @@ def rows(
                 "torch": machine.torch,
                 "torchweld": machine.torchweld,
                 "cpu_model": machine.cpu_model,
+                "device": machine.device,
                 "capability": machine.capability,
                 "threads": machine.threads,
                 "malloc": machine.malloc,
@@ -245,10 +272,30 @@ def record(
     rounds: int,
     seconds: float,
     tick: Callable[[int], None] = lambda _: None,
+    failures: list[str] | None = None,
 ) -> list[Row]:
-    """Set a job up, measure it as :func:`measure` says, and return its rows."""
+    """Set a job up, measure it as :func:`measure` says, and return its rows.
+
+    Where ``failures`` are collected, a job that cannot be set up is one, and has no rows.
+    """
+    before = len(failures or [])
+    gc.collect()  # what the last job held may be most of a device's memory
     try:
         setup = job.setup()
-        return rows(job, setup, *measure(setup, rounds=rounds, seconds=seconds, tick=tick), machine)
+        found = measure(setup, rounds=rounds, seconds=seconds, tick=tick, failures=failures)
+        result = rows(job, setup, *found, machine)
     except WrongResultError as wrong:
         raise WrongResultError(f"{job.op}, {job.case}: {wrong}") from None
+    except Exception as failure:
+        if failures is None:
+            raise
+        failures.append(in_a_line(failure))
+        result = []
+    if failures is not None:
+        failures[before:] = [f"{job.op}, {job.case}: {text}" for text in failures[before:]]
+    return result
+
+
+def in_a_line(failure: Exception) -> str:
+    """Return its kind and the first line of what it says."""
+    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"

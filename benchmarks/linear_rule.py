@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import malloc
+from benchmarks.device import CPU
 from benchmarks.fit_rule import score
-from benchmarks.harness import Contender, interleave, sample
+from benchmarks.harness import Contender, interleave
 
 CONFIGS = {"Int8": tw.Int8(), "Int8WeightOnly": tw.Int8WeightOnly(), "Int4": tw.Int4()}
 ROWS = (1, 16, 128)
@@ -65,7 +66,7 @@ def measure(modules: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, 
         return Contender(name, lambda: [module(x)], 0.0)
 
     group = [contender(*item) for item in modules.items()]
-    once = {c.name: min(sample(c.run, 1) for _ in range(5)) for c in group}
+    once = {c.name: min(CPU.sample(c.run, 1) for _ in range(5)) for c in group}
     calls = {name: max(1, round(SAMPLE_MS / ms)) for name, ms in once.items()}
     times = interleave(group, rounds, calls)
     return {name: round(1e3 * min(found), 3) for name, found in times.items()}

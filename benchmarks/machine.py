@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchweld as tw
 
 from benchmarks import malloc
+from benchmarks.device import CPU, Cuda, Device, measured
 
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -60,11 +62,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Machine:
-    """What goes into every row of the record.
+    """What goes into every row of the record; from the cache on it is that of the device.
 
     Attributes:
         cpu_model: name, family and model of the CPU, which virtual machines do not always name.
-        capability: instruction set torchweld uses.
+        capability: instruction set torchweld uses, or architecture of the GPU.
         malloc: the state of malloc, see :mod:`benchmarks.malloc`.
         load: processes that wanted a core in the minute before, without ours.
         cache_bytes: last-level cache; data below twice its size have no memory floor.
@@ -72,6 +74,7 @@ class Machine:
         read_gb_s: bandwidth of reading alone.
         peak: operations per second in units of 1e9 by unit of :class:`Cost`, the best that
             stock matrix products reach.
+        device: name of the GPU, ``"CPU"`` if there is none in it.
     """
 
     cpu_model: str
@@ -86,24 +89,36 @@ class Machine:
     memory_gb_s: float
     read_gb_s: float
     peak: dict[str, float]
+    device: str = CPU.name
 
     @classmethod
-    def probe(cls) -> Machine:
+    def probe(cls, device: Device = CPU) -> Machine:
         """Look at this machine and measure its two floors, in a few seconds."""
         facts = tw.info()
+        floors: dict[str, Any]
+        if isinstance(device, Cuda):
+            capability = device.capability
+            floors = {"cache_bytes": device.cache_bytes, **measured(device)}
+        else:
+            capability = facts["cpu capability"]
+            peak = {
+                "float32": _float32_peak(), "bfloat16": _bfloat16_peak(), "int8": _int8_peak()
+            }  # fmt: skip
+            floors = {
+                "cache_bytes": cache_bytes(), "memory_gb_s": _memory_gb_s(),
+                "read_gb_s": _read_gb_s(), "peak": peak,
+            }  # fmt: skip
         return cls(
             cpu_model=_cpu_model(),
-            capability=facts["cpu capability"],
+            device=device.name,
+            capability=capability,
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             torchweld=facts["torchweld"],
             malloc=malloc.describe(),
             load=os.getloadavg()[0],
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            cache_bytes=cache_bytes(),
-            memory_gb_s=_memory_gb_s(),
-            read_gb_s=_read_gb_s(),
-            peak={"float32": _float32_peak(), "bfloat16": _bfloat16_peak(), "int8": _int8_peak()},
+            **floors,
         )
 
     def floor_ms(self, costs: Iterable[Cost]) -> float | None:
@@ -118,10 +133,17 @@ class Machine:
             total += max(memory, cost.operations / self.peak[cost.unit])
         return total / 1e6 or None
 
+    @property
+    def place(self) -> str:
+        """Names what the work ran on."""
+        if self.device == CPU.name:
+            return f"{self.cpu_model}, {self.capability}"
+        return f"{self.device} ({self.capability}) beside {self.cpu_model}"
+
     def __str__(self) -> str:
         peak = {unit: f"{unit} {value:.0f}" for unit, value in self.peak.items()}
         return (
-            f"{self.cpu_model}, {self.capability}, {self.threads} threads, "
+            f"{self.place}, {self.threads} threads, "
             f"torch {self.torch}, torchweld {self.torchweld}, malloc {self.malloc}\n"
             f"measured: memory {self.memory_gb_s:.1f} GB/s, reading {self.read_gb_s:.1f}, "
             f"{peak['float32']}, {peak['bfloat16']} GFLOP/s, {peak['int8']} Gop/s"

@@ -14,6 +14,7 @@ import torchweld as tw
 from torch import Tensor
 
 from benchmarks import cases
+from benchmarks.device import CPU, Device
 from benchmarks.harness import Contender
 from benchmarks.machine import Cost
 from benchmarks.records import OURS, PEER, STOCK
@@ -84,6 +85,7 @@ class Training:
         case: shapes of the parameters.
         dtype: of parameters and gradients; their values are bfloat16's in any dtype.
         rewritten: whether there is a contender who writes gradients.
+        device: where they are.
     """
 
     def __init__(
@@ -92,11 +94,12 @@ class Training:
         dtype: torch.dtype = torch.float32,
         *,
         rewritten: bool = False,
+        device: Device = CPU,
     ):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device.type).manual_seed(0)
 
         def randn(shape: cases.Shape, scale: float) -> Tensor:
-            drawn = torch.empty(shape, dtype=torch.bfloat16)
+            drawn = torch.empty(shape, dtype=torch.bfloat16, device=device.type)
             return drawn.normal_(0, scale, generator=generator).to(dtype)
 
         self.size, self.scale = case.size, 1.0

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.device import CPU
 from benchmarks.records import OURS, STOCK, Row, by_case, fastest, geometric_mean
 
 # Okabe and Ito's colours, told apart by every kind of eye: https://jfly.uni-koeln.de/color/
@@ -137,7 +138,9 @@ def _empty(height: float) -> Any:
 
 
 def _title(figure: Any, text: str, row: Row) -> None:
-    machine = f"{row['cpu_model']}, {row['capability']}, threads: {row['threads']}"
+    # Records of before there were any GPUs name no device.
+    place = row["cpu_model"] if row["device"] in ("", CPU.name) else row["device"]
+    machine = f"{place}, {row['capability']}, threads: {row['threads']}"
     figure.suptitle(f"{text}\n{machine}, torch {row['torch']}", fontsize=10)
 
 

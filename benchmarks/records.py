@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -12,15 +13,18 @@ Row = dict[str, str | float]
 
 STOCK, PEER, OURS = "stock", "peer", "torchweld"
 # The record is tidy: a row is one contender in one case, and stands by itself.
-TEXT = ("op", "case", "contender", "kind")
+TEXT = ("op", "case", "contender", "kind", "asked")
 NUMBERS = (
     "median_ms", "p25", "p75", "rounds", "ratio", "floor_pct", "error", "saved_mb",
     "bytes_per_param",
 )  # fmt: skip
 MACHINE = (
-    "torch", "torchweld", "cpu_model", "capability", "threads", "malloc", "load",
+    "torch", "torchweld", "cpu_model", "device", "capability", "threads", "malloc", "load",
     "memory_gb_s", "read_gb_s", "float32_gflops", "bfloat16_gflops", "int8_gops", "date",
 )  # fmt: skip
+# What can be asked of a contender beside its speed over another's: at least this share of the
+# floor, and at most this part of what another keeps for backward.
+FLOOR, SAVED = "floor %", "saved MB of "
 COLUMNS = (*TEXT, *NUMBERS, *MACHINE)
 
 
@@ -66,3 +70,53 @@ def fastest(record: Iterable[Row]) -> tuple[Row | None, Row | None]:
 def geometric_mean(ratios: Sequence[float]) -> float:
     """Return the mean that halves and doubles cancel out in."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def asked(limits: Mapping[str, float]) -> str:
+    """Return what is asked of a contender as the record holds it."""
+    return "; ".join(f"{key} {limit:g}" for key, limit in limits.items())
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What was asked of a contender, and what came; NaN if the other was not there."""
+
+    row: Row
+    key: str
+    limit: float
+    got: float
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        if math.isnan(self.got):
+            return "not measured"
+        # Of bytes few are asked for, of all else much.
+        sign = -1 if self.key.startswith(SAVED) else 1
+        return "reached" if sign * self.got >= sign * self.limit else "missed"
+
+
+def bars(record: Sequence[Row]) -> list[Bar]:
+    """Return what was asked in a case."""
+    by_name = {row["contender"]: row for row in record}
+
+    def got(row: Row, key: str) -> float:
+        if key == FLOOR:
+            return _number(row["floor_pct"])
+        column = "saved_mb" if key.startswith(SAVED) else "median_ms"
+        other = by_name.get(key.removeprefix(SAVED))
+        if other is None:
+            return math.nan
+        theirs, mine = _number(other[column]), _number(row[column])
+        return mine / theirs if column == "saved_mb" else theirs / mine
+
+    found = []
+    for row in record:
+        for text in filter(None, str(row["asked"]).split("; ")):
+            key, limit = text.rsplit(" ", 1)
+            found.append(Bar(row, key, float(limit), got(row, key)))
+    return found
+
+
+def _number(value: str | float) -> float:
+    return math.nan if value == "" else float(value)

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.records import Row, by_case, fastest, geometric_mean, read
+from benchmarks.records import Bar, Row, bars, by_case, fastest, geometric_mean, read
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -52,7 +52,11 @@ def case(record: Sequence[Row]) -> str:
         )
         for row in sorted(record, key=lambda row: row["median_ms"])
     ]
-    return table(header, lines)
+    asked = [
+        f"  {bar.row['contender']}: {bar.key} {bar.limit:g} asked, {bar.got:.3g}: {bar.verdict}"
+        for bar in bars(record)
+    ]
+    return "\n".join([table(header, lines), *asked])
 
 
 def summary(records: Iterable[Row]) -> str:
@@ -85,6 +89,18 @@ def summary(records: Iterable[Row]) -> str:
             lines.append(("geometric mean", *[""] * 5, mean, ""))
             parts.append(f"{op}\n{table(header, lines)}")
     return "\n\n".join(parts)
+
+
+def reached(records: Iterable[Row]) -> str:
+    """Return what was asked and what came, a line for each, empty if nothing was."""
+    header = ("case", "torchweld", "against", "asked", "got", "")
+
+    def line(bar: Bar) -> tuple[str, ...]:
+        case, name = f"{bar.row['op']}: {bar.row['case']}", str(bar.row["contender"])
+        return case, name, bar.key, f"{bar.limit:g}", f"{bar.got:.3g}", bar.verdict
+
+    lines = [line(bar) for record in by_case(records) for bar in bars(record)]
+    return table(header, lines) if lines else ""
 
 
 def _milliseconds(value: str | float) -> str:
@@ -132,7 +148,7 @@ def main() -> None:
         print(path, end="\n\n")
         if options.cases:
             print(*map(case, by_case(records)), sep="\n\n", end="\n\n")
-        print(summary(records), end="\n\n")
+        print(*filter(None, (summary(records), reached(records))), sep="\n\n", end="\n\n")
     if options.plot:
         print(*plots.draw(everything, options.plot), sep="\n")
 

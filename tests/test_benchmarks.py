@@ -153,9 +153,9 @@ def test_csv_holds_every_column_and_reads_back(rows, tmp_path):
     records.Writer(file).write(rows)
     text = file.getvalue()
     wanted = (
-        "op case contender kind median_ms p25 p75 rounds ratio floor_pct error saved_mb "
+        "op case contender kind asked median_ms p25 p75 rounds ratio floor_pct error saved_mb "
         "bytes_per_param "
-        "torch torchweld cpu_model capability threads malloc load memory_gb_s read_gb_s "
+        "torch torchweld cpu_model device capability threads malloc load memory_gb_s read_gb_s "
         "float32_gflops bfloat16_gflops int8_gops date"
     )
     assert next(csv.reader(io.StringIO(text))) == wanted.split()

@@ -84,6 +84,17 @@ def test_migration_paper_runs(capsys):
     assert float(capsys.readouterr().out.rstrip().splitlines()[-1][len("tensor(") : -1]) > 30
 
 
+def test_cuda_paper_runs(capsys):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+    batches = [(torch.randn(4, 3, 8, 8), torch.arange(4)) for _ in range(2)]
+    names = {"stock": nn.Sequential(*layers), "batches": batches}
+    for code in snippets(ROOT / "docs/cuda.md"):
+        exec(code, names)
+    assert names["loss"].isfinite()
+    assert tw.info()["cuda library"] in capsys.readouterr().out
+
+
 def test_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -23,9 +23,15 @@ if(NOT TORCHWELD_HAS_CUDA)
   return()
 endif()
 
-# Ampere and Hopper, and for what comes after them the instructions that stay (not those of 90a).
-set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
-set(TORCHWELD_CUDA_ARCHITECTURES "sm_80, sm_90a, compute_90")
+# Ampere and Hopper, and for what comes after them the instructions that stay (not those of 90a). Who
+# builds for the machine at hand may name its architecture alone, which takes a third of the time.
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
+endif()
+set(names ${CMAKE_CUDA_ARCHITECTURES})
+list(TRANSFORM names REPLACE "^(.+)-real$" "sm_\\1")
+list(TRANSFORM names REPLACE "^(.+)-virtual$" "compute_\\1")
+list(JOIN names ", " TORCHWELD_CUDA_ARCHITECTURES)
 # torch's own copy of the CUDA runtime may be older or newer than the compiler: ours is in the library.
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_STANDARD 20)
