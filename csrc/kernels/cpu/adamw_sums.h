@@ -28,12 +28,14 @@ class SquareSums {
     for (int j = 0; j < kWide; ++j) add_square(sums_[r * kWide + j], a[j] - b[j]);
   }
 
+  // Sum l + n is added to sum l for n = kSize / 2, ..., 1.
   double total() const {
-    double total = 0;
-    for (VecD sum : sums_) {
-      for (int lane = 0; lane < kLanesD; ++lane) total += sum[lane];
+    double sums[kSize];
+    memcpy(sums, sums_, sizeof sums);
+    for (int n = kSize / 2; n > 0; n /= 2) {
+      for (int l = 0; l < n; ++l) sums[l] += sums[l + n];
     }
-    return total;
+    return sums[0];
   }
 
  private:

@@ -11,12 +11,15 @@ namespace torchweld::ops {
 // there.
 class CudaContext {
  public:
-  // Throws if the driver is too old for this build. `op`: for messages.
+  // Throws if the tensor is elsewhere, or the driver too old for this build. `op`: for messages.
   CudaContext(const char* op, const Tensor& tensor);
 
   cudaStream_t stream() const { return stream_; }
 
   int multiprocessors() const;
+
+  // The graph being captured on the stream, told from any other one; 0 if there is none.
+  unsigned long long capture() const;
 
   // Throws what an error of CUDA means.
   void check(cudaError_t error) const;
