@@ -277,10 +277,10 @@ class AdamW(Observed, Saved):
                 _arguments.refuse_sparse(grad)
             raise
         self._has_statistics = self._statistics
-        if may_skip:
+        if may_skip and grads:
             skipped = Report.of(self._report).skipped
-            self._skipped = self._skipped + skipped
-            if scaled and grads:
+            self._count_skipped(skipped)
+            if scaled:
                 self._found_inf = skipped.float()
         if torch.__future__.get_swap_module_params_on_conversion():
             self._plan = None  # torch swaps only tensors that nobody else holds
@@ -288,12 +288,9 @@ class AdamW(Observed, Saved):
 
     def _run(self, plan: Plan, grads: list[Tensor], which: list[int]) -> Tensor:
         if not grads:
-            return torch.zeros(len(Report._fields), dtype=torch.float64)
-        run = plan.run_in_parts if self._statistics and plan.is_sharded else plan.run
-        return run(
-            grads,
-            which,
-            _arguments.hyperparameters(self.param_groups),
+            return torch.zeros(len(Report._fields), dtype=torch.float64, device="cpu")
+        arguments = _arguments.Run(
+            *_arguments.hyperparameters(self.param_groups),
             self.max_grad_norm,
             self._loss_scale,
             plan.sum_of_squares(grads, which) if self._has_norm else None,
@@ -302,6 +299,13 @@ class AdamW(Observed, Saved):
             self._statistics,
             0.0 if self._average is None else 1 - self._average,
         )
+        return plan.run(grads, which, arguments)
+
+    def _count_skipped(self, skipped: Tensor) -> None:
+        if not isinstance(self._skipped, Tensor) or self._skipped.device != skipped.device:
+            _arguments.refuse_capture(skipped.device)
+            self._skipped = torch.full_like(skipped, float(self._skipped))
+        self._skipped += skipped  # in place, for the replays of a graph
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -328,11 +332,9 @@ class AdamW(Observed, Saved):
         if not state:
             if param.grad is None:
                 return None
-            if not param.is_cpu:
-                raise NotImplementedError(
-                    "torchweld.optim.AdamW runs on the CPU and not on other devices yet, "
-                    f"got a parameter on {param.device}"
-                )
+            device = _distributed.local(param).device
+            _arguments.check_device(device)
+            _arguments.refuse_capture(device)
             state = self.state[param]
             state.update(_state.create(param, form, amsgrad))
         else:
