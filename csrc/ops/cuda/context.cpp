@@ -44,14 +44,18 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-}  // namespace
-
-CudaContext::CudaContext(const char* op, const Tensor& tensor)
-    : op_(op), guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
+int32_t cuda_device(const char* op, const Tensor& tensor) {
   if (!tensor.is_cuda()) {
     throw std::runtime_error("torchweld::" + std::string(op) +
                              ": expected all tensors on one CUDA device, got one elsewhere");
   }
+  return tensor.get_device_index();
+}
+
+}  // namespace
+
+CudaContext::CudaContext(const char* op, const Tensor& tensor)
+    : op_(op), guard_(cuda_device(op, tensor)), device_(tensor.get_device_index()) {
   static const std::string problem = driver_problem();
   if (!problem.empty()) {
     throw std::runtime_error("torchweld::" + std::string(op) + ": " + problem);
