@@ -33,8 +33,8 @@ void check_grad_norm(const TensorList& grads);
 void check_scalar(const char* op, const char* argument, const Tensor& tensor, const Tensor& param,
                   std::optional<ScalarType> dtype = std::nullopt);
 
-// Throws unless codes and scales are those of the 8-bit states of `values`, in blocks of kAdamWBlock
-// in the order of memory.
+// Throws unless codes and scales are those of the 8-bit states of `values`, in blocks of
+// kAdamWBlock in the order of memory.
 void check_blocks(const char* op, const Tensor& values, const Tensor& codes, const Tensor& scales);
 
 // True if the elements fill one run of memory without gaps or overlap, in whatever order.

@@ -190,12 +190,12 @@ void check(const char* op, AdamWPlan& plan, AdamWEntry& entry, const Tensor& gra
       check_like_param(op, kRoleNames[role], *tensor, param, expected, k, true);
       uniform = uniform && same_layout(*tensor, param);
     } else {
-      TORCHWELD_CHECK(tensor->device() == param.device() && tensor->scalar_type() == expected &&
-                          (role != kStep || tensor->numel() == 1),
-                      op, kRoleNames[role],
-                      "float32 " << (role == kStep ? "scalars" : "vectors")
-                                 << " on the device of params",
-                      dtype_name(tensor->scalar_type()) << " of shape " << shape_string(*tensor));
+      TORCHWELD_CHECK(
+          tensor->device() == param.device() && tensor->scalar_type() == expected &&
+              (role != kStep || tensor->numel() == 1),
+          op, kRoleNames[role],
+          "float32 " << (role == kStep ? "scalars" : "vectors") << " on the device of params",
+          dtype_name(tensor->scalar_type()) << " of shape " << shape_string(*tensor));
     }
   }
   if (int8) {

@@ -108,9 +108,9 @@ __global__ void __launch_bounds__(kThreads) step_int8(AdamWStepParams params) {
 
 template <class T, AdamWRounding kRounding>
 cudaError_t launch_for(const AdamWStepParams& params, cudaStream_t stream) {
-  return launch(params.statistics != nullptr ? step_int8<T, kRounding, true>
-                                             : step_int8<T, kRounding, false>,
-                params.count, kThreads, stream, params);
+  return launch(
+      params.statistics != nullptr ? step_int8<T, kRounding, true> : step_int8<T, kRounding, false>,
+      params.count, kThreads, stream, params);
 }
 
 // One block of threads a block of codes.

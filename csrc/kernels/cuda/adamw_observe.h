@@ -1,5 +1,6 @@
 // What a step kernel sees of its elements while they are in registers, as
-// kernels/cpu/adamw_observe.cpp. Statistics are added up in an order of their own, fixed all the same.
+// kernels/cpu/adamw_observe.cpp. Statistics are added up in an order of their own, fixed all the
+// same.
 #pragma once
 
 #include "kernels/cuda/adamw_chunk.h"
@@ -51,7 +52,8 @@ class Observation {
     lost_ += after == before && ((has_moment && steps_) || (after != 0 && decays_));
     const Vec g = to_vec(grad), zero_or_nan = g - g;
     nonfinite_ += zero_or_nan != zero_or_nan;
-    if (average_ != nullptr) averages_[j] = fma(average_weight_, after - averages_[j], averages_[j]);
+    if (average_ != nullptr)
+      averages_[j] = fma(average_weight_, after - averages_[j], averages_[j]);
     if constexpr (sizeof(Vec) == sizeof(float)) {
       if (copy_ != nullptr) copy_[place_ + j] = from_vec<BFloat16>(after);
     }
@@ -63,8 +65,7 @@ class Observation {
 
   // For all threads of a block, after their last element.
   TORCHWELD_INLINE void write(AdamWStatistics* statistics) const {
-    const AdamWStatistics sums{sum_of_block(update_squares_),
-                               sum_of_block<int64_t>(lost_),
+    const AdamWStatistics sums{sum_of_block(update_squares_), sum_of_block<int64_t>(lost_),
                                sum_of_block<int64_t>(nonfinite_)};
     if (threadIdx.x == 0) *statistics = sums;
   }

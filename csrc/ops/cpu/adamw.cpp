@@ -62,7 +62,8 @@ Tensor adamw_run(Tensor plan_bytes, const Handles& grads, IntList which, std::ve
     if (group.lr_tensor) group.lr = scalar(*group.lr_tensor);
   }
   if (loss_scale) check_scalar(op, "loss_scale", *loss_scale, plan.tensors.at(0));
-  if (sum_of_squares) check_scalar(op, "sum_of_squares", *sum_of_squares, plan.tensors.at(0), ScalarType::Double);
+  if (sum_of_squares)
+    check_scalar(op, "sum_of_squares", *sum_of_squares, plan.tensors.at(0), ScalarType::Double);
 
   NoGradGuard no_grad;
   AdamWRun run(op, plan, grads.get(), which);

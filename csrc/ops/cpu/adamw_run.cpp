@@ -71,16 +71,16 @@ AdamWScalars scalars(const AdamWHyper& hyper, double step, double grad_scale) {
           .grad_scale = hyper.maximize ? -grad_scale : grad_scale};
 }
 
-// f(part of the span, where it begins) for elements [begin, begin + size), each part's places in the
-// whole parameter in sequence.
+// f(part of the span, where it begins) for elements [begin, begin + size), each part's places in
+// the whole parameter in sequence.
 template <class F>
 void for_parts(const AdamWWork& work, int64_t begin, int64_t size, const F& f) {
   const AdamWEntry& entry = *work.entry;
   const int64_t row = entry.row > 0 ? entry.row : begin + size;
   for (const int64_t end = begin + size; begin < end;) {
     const int64_t next = std::min(end, (begin / row + 1) * row);
-    AdamWSpan part = kernels::part(work.span, work.dtype(), entry.state, entry.rounding, begin,
-                                   next - begin);
+    AdamWSpan part =
+        kernels::part(work.span, work.dtype(), entry.state, entry.rounding, begin, next - begin);
     part.index = entry.offset + begin / row * entry.stride + begin % row;
     f(part, begin);
     begin = next;
@@ -173,17 +173,16 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
                                const AdamWOptions& options) {
   Pieces pieces(kPiece);
   bool observe = options.statistics;
-  std::vector<float> steps;  // done before this one
+  std::vector<float> steps;               // done before this one
   std::vector<AdamWScalars> all_scalars;  // one for each group and step, nearly always
-  std::vector<size_t> places;  // of parameters, into these
+  std::vector<size_t> places;             // of parameters, into these
   steps.reserve(work_.size());
   places.reserve(work_.size());
   for (size_t k = 0; k < work_.size(); ++k) {
     const AdamWWork& work = work_[k];
     const int64_t group = work.entry->group;
     steps.push_back(*work.step());
-    const bool as_last =
-        k > 0 && work_[k - 1].entry->group == group && steps[k - 1] == steps[k];
+    const bool as_last = k > 0 && work_[k - 1].entry->group == group && steps[k - 1] == steps[k];
     if (!as_last) {
       all_scalars.push_back(
           scalars(groups[static_cast<size_t>(group)], steps[k] + 1.0, grad_scale));

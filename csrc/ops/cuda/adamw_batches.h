@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,7 +27,8 @@ inline int64_t adamw_chunk_size(int64_t elements, int multiprocessors) {
 // number `first`.
 class ChunkRuns {
  public:
-  explicit ChunkRuns(int64_t chunk_size, int64_t first = 0) : chunk_size_(chunk_size), end_(first) {}
+  explicit ChunkRuns(int64_t chunk_size, int64_t first = 0)
+      : chunk_size_(chunk_size), end_(first) {}
 
   void add(size_t tensor, int64_t size) {
     const int64_t count = (size + chunk_size_ - 1) / chunk_size_;
@@ -74,6 +76,10 @@ inline std::vector<AdamWBatch> batches_of(const std::vector<MemoryRange>& params
 
 // Tables that lie behind one another on a device, as words.
 using Words = std::vector<uint64_t>;
+
+static_assert(std::has_unique_object_representations_v<kernels::cuda::Values> &&
+              std::has_unique_object_representations_v<kernels::cuda::AdamWTensor> &&
+              std::has_unique_object_representations_v<kernels::cuda::ChunkRun>);
 
 template <class T>
 void append(Words& words, const std::vector<T>& table) {

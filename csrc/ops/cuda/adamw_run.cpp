@@ -29,15 +29,15 @@ AdamWGroup group_of(const AdamWHyper& hyper) {
 
 AdamWTensor tensor_of(const AdamWWork& work) {
   const AdamWEntry& entry = *work.entry;
-  AdamWTensor tensor{.span = work.span,
-                     .row = entry.row,
-                     .stride = entry.stride,
-                     .step_count = work.step(),
-                     .group = entry.group,
-                     .id = static_cast<uint64_t>(entry.id),
-                     .average = work.average(),
-                     .bfloat16_weight =
-                         reinterpret_cast<kernels::BFloat16*>(work.bfloat16_weight())};
+  AdamWTensor tensor{
+      .span = work.span,
+      .row = entry.row,
+      .stride = entry.stride,
+      .step_count = work.step(),
+      .group = entry.group,
+      .id = static_cast<uint64_t>(entry.id),
+      .average = work.average(),
+      .bfloat16_weight = reinterpret_cast<kernels::BFloat16*>(work.bfloat16_weight())};
   tensor.span.grad = nullptr;  // it comes and goes; the tables of gradients have it
   tensor.span.index = entry.offset;
   return tensor;
@@ -117,8 +117,8 @@ Tensor AdamWCudaTables::step(const CudaContext& context, const AdamWCudaOptions&
                              bool observe) const {
   const cudaStream_t stream = context.stream();
   const Values* grads = memory_.at<Values>(grads_);
-  const bool has_norm = options.loss_scale || options.skip_nonfinite || options.max_grad_norm ||
-                        options.statistics;
+  const bool has_norm =
+      options.loss_scale || options.skip_nonfinite || options.max_grad_norm || options.statistics;
   // Where the sum comes from elsewhere, all there is to count is for the statistics.
   const bool sums = has_norm && (!options.sum_of_squares || options.statistics);
   if (sums) {
@@ -158,18 +158,17 @@ Tensor AdamWCudaTables::step(const CudaContext& context, const AdamWCudaOptions&
   if (observe) seen.allocate(device_);
   AdamWStatistics* const statistics = observe ? seen.at<AdamWStatistics>(seen_at) : nullptr;
   for (const AdamWBatch& batch : batches_) {
-    context.check(
-        launch_adamw_step(batch.kind,
-                          {.tensors = prepare.tensors,
-                           .grads = grads,
-                           .scalars = prepare.scalars,
-                           .skipped = prepare.skipped,
-                           .chunks = memory_.at<Chunk>(chunks_) + batch.first,
-                           .count = batch.count,
-                           .chunk_size = chunk_size_,
-                           .statistics = observe ? statistics + batch.first : nullptr,
-                           .average_weight = options.average_weight},
-                          stream));
+    context.check(launch_adamw_step(batch.kind,
+                                    {.tensors = prepare.tensors,
+                                     .grads = grads,
+                                     .scalars = prepare.scalars,
+                                     .skipped = prepare.skipped,
+                                     .chunks = memory_.at<Chunk>(chunks_) + batch.first,
+                                     .count = batch.count,
+                                     .chunk_size = chunk_size_,
+                                     .statistics = observe ? statistics + batch.first : nullptr,
+                                     .average_weight = options.average_weight},
+                                    stream));
   }
   if (observe) {
     context.check(launch_adamw_report({.statistics = statistics,

@@ -54,7 +54,7 @@ class AdamWCudaTables : public AdamWTables {
 
   const Tensor device_;
   Key key_;
-  Words words_;                   // what the device holds from groups_ on
+  Words words_;  // what the device holds from groups_ on
   std::vector<kernels::cuda::ChunkRun> runs_;
   std::vector<AdamWBatch> batches_;
   CudaScratch memory_;

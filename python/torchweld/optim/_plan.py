@@ -54,7 +54,7 @@ class Plan:
                 if state is None:
                     self._idle.append(param)
                 else:
-                    device = _distributed.local(param).device
+                    device = _distributed.device(param)
                     part = self._on.setdefault(device, _OnDevice())
                     row = self._row(part, optimizer, param, state, group["amsgrad"])
                     self._places.append(len(part.rows))
@@ -207,7 +207,7 @@ class Plan:
         """Return gradients, and whose they are, by where they are and what to reduce over."""
         parts: _Parts = {}
         for place, grad in zip(which or range(len(self.params)), grads, strict=True):
-            part = _Part(_distributed.local(self.params[place]).device, self._reductions[place])
+            part = _Part(_distributed.device(self.params[place]), self._reductions[place])
             part_grads, places = parts.setdefault(part, ([], []))
             part_grads.append(grad)
             places.append(place)
