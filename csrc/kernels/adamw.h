@@ -143,6 +143,24 @@ struct AdamWStatistics {
 using AdamWObserve = void (*)(const AdamWSpan& span, const AdamWScalars& scalars,
                               const AdamWObserver& observer, AdamWStatistics* statistics);
 
+// A norm is a sum over pieces of so many elements; that of a piece one over its parts, in their
+// order. Fixed, so that its bits are.
+inline constexpr int64_t kAdamWSumPiece = 1 << 14;
+inline constexpr int64_t kAdamWSumPart = 1 << 11;
+
+// Sums of pieces are added up by this many lanes, one after the other in each, then
+// lane l + n to lane l for n = kAdamWSumLanes / 2, ..., 1: an order for the threads of a GPU too.
+inline constexpr int64_t kAdamWSumLanes = 512;
+
+inline double adamw_total(const double* sums, int64_t count) {
+  double lanes[kAdamWSumLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i % kAdamWSumLanes] += sums[i];
+  for (int64_t n = kAdamWSumLanes / 2; n > 0; n /= 2) {
+    for (int64_t lane = 0; lane < n; ++lane) lanes[lane] += lanes[lane + n];
+  }
+  return lanes[0];
+}
+
 // Sum of squares of `size` elements, in double, in an order fixed by `size` alone. Not finite if
 // an element is not (of float64 elements, also if a square overflows).
 using SumOfSquaresKernel = double (*)(const void* data, int64_t size);
@@ -154,12 +172,14 @@ using AdamWEncode = void (*)(const float* values, int64_t size, uint8_t* codes, 
 using AdamWDecode = void (*)(const uint8_t* codes, const float* scales, int64_t size,
                              float* values);
 
-// [param dtype][state][rounding]; null where a combination does not exist. These do:
-//   float32           nearest x {like_param, bfloat16, int8}
-//   float64           nearest x like_param
-//   bfloat16          every rounding x every state
-//   float16           nearest x {like_param, bfloat16, int8}
-// amsgrad with all but int8.
+// Whether a combination exists, with amsgrad or without; int8 only without.
+constexpr bool adamw_exists(DType param, AdamWState state, AdamWRounding rounding) {
+  if (param == DType::bfloat16) return true;
+  return rounding == AdamWRounding::nearest &&
+         (param != DType::float64 || state == AdamWState::like_param);
+}
+
+// [param dtype][state][rounding]; null where a combination does not exist.
 template <class Kernel>
 struct AdamWTable {
   Kernel kernels[kDTypeCount][kAdamWStateCount][kAdamWRoundingCount];

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/adamw.h"
 #include "ops/check.h"
 
 namespace torchweld::ops {
@@ -61,14 +62,6 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-bool overlap(std::vector<MemoryRange> ranges) {
-  std::sort(ranges.begin(), ranges.end());
-  for (size_t k = 1; k < ranges.size(); ++k) {
-    if (ranges[k].first < ranges[k - 1].second) return true;
-  }
-  return false;
-}
-
 void check_like_param(const char* op, const char* argument, const Tensor& tensor,
                       const Tensor& param, ScalarType dtype, size_t k, bool written) {
   TORCHWELD_CHECK(tensor.device() == param.device(), op, argument,
@@ -103,7 +96,37 @@ void check_grad_norm(const TensorList& grads) {
   for (const Tensor& grad : grads) {
     TORCHWELD_CHECK(real_type(grad.scalar_type()), "grad_norm", "grads", kAdamWDTypes,
                     dtype_name(grad.scalar_type()));
+    TORCHWELD_CHECK(grad.device() == grads[0].device(), "grad_norm", "grads",
+                    "tensors on one device", "another");
   }
+}
+
+void check_scalar(const char* op, const char* argument, const Tensor& tensor, const Tensor& param,
+                  std::optional<ScalarType> dtype) {
+  const ScalarType type = tensor.scalar_type();
+  const bool fits =
+      dtype ? type == *dtype : type == ScalarType::Double || type == ScalarType::Float;
+  TORCHWELD_CHECK(fits && tensor.numel() == 1 && tensor.device() == param.device(), op, argument,
+                  "a " << (dtype ? dtype_name(*dtype) : "float64 or float32")
+                       << " scalar on the device of params",
+                  dtype_name(type) << " of shape " << shape_string(tensor)
+                                   << (tensor.device() == param.device() ? "" : " elsewhere"));
+}
+
+void check_blocks(const char* op, const Tensor& values, const Tensor& codes, const Tensor& scales) {
+  const int64_t size = values.numel();
+  TORCHWELD_CHECK(codes.device() == values.device() && scales.device() == values.device(), op,
+                  "values", "tensors on one device", "several");
+  TORCHWELD_CHECK(values.scalar_type() == ScalarType::Float && is_dense(values), op, "values",
+                  "float32 without gaps", dtype_name(values.scalar_type()));
+  TORCHWELD_CHECK(codes.scalar_type() == ScalarType::Byte && codes.numel() == size &&
+                      codes.dim() == values.dim() && same_layout(codes, values),
+                  op, "codes", "uint8 that lies as values",
+                  dtype_name(codes.scalar_type()) << " of shape " << shape_string(codes));
+  TORCHWELD_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() &&
+                      scales.numel() == (size + kernels::kAdamWBlock - 1) / kernels::kAdamWBlock,
+                  op, "scales", "float32, one per " << kernels::kAdamWBlock << " values",
+                  shape_string(scales));
 }
 
 }  // namespace torchweld::ops

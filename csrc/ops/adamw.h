@@ -1,9 +1,9 @@
 // What every back end of the AdamW ops checks and derives before it touches memory.
 #pragma once
 
-#include <utility>
 #include <vector>
 
+#include "ops/overlap.h"
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops {
@@ -29,16 +29,18 @@ void check_lengths(const TensorList& params, const TensorList& grads, const Tens
 
 void check_grad_norm(const TensorList& grads);
 
+// Throws unless a tensor is a scalar where the parameters are: `dtype`, or float64 or float32.
+void check_scalar(const char* op, const char* argument, const Tensor& tensor, const Tensor& param,
+                  std::optional<ScalarType> dtype = std::nullopt);
+
+// Throws unless codes and scales are those of the 8-bit states of `values`, in blocks of
+// kAdamWBlock in the order of memory.
+void check_blocks(const char* op, const Tensor& values, const Tensor& codes, const Tensor& scales);
+
 // True if the elements fill one run of memory without gaps or overlap, in whatever order.
 bool is_dense(const Tensor& tensor);
 
 // True if equal indices lie at equal offsets. The shapes are equal.
 bool same_layout(const Tensor& a, const Tensor& b);
-
-// Where a parameter lies: from the first byte to behind the last one.
-using MemoryRange = std::pair<const char*, const char*>;
-
-// Whether two of them share memory.
-bool overlap(std::vector<MemoryRange> ranges);
 
 }  // namespace torchweld::ops

@@ -72,10 +72,14 @@ bool has_layout(AtenTensorHandle tensor, const std::vector<int64_t>& layout) {
          std::equal(strides, strides + dims, layout.begin() + dims);
 }
 
-bool is_cpu(AtenTensorHandle tensor) {
-  int32_t device;
-  return aoti_torch_get_device_type(tensor, &device) == AOTI_TORCH_SUCCESS &&
-         device == aoti_torch_device_type_cpu();
+// Whether it is where the entry was found to be.
+bool is_there(AtenTensorHandle tensor, const AdamWEntry& entry) {
+  int32_t type, index;
+  return aoti_torch_get_device_type(tensor, &type) == AOTI_TORCH_SUCCESS &&
+         type == entry.device_type &&
+         (type == aoti_torch_device_type_cpu() ||
+          (aoti_torch_get_device_index(tensor, &index) == AOTI_TORCH_SUCCESS &&
+           index == entry.device_index));
 }
 
 bool is_step(AtenTensorHandle tensor) {
@@ -104,7 +108,7 @@ bool is_scale(AtenTensorHandle tensor, const AdamWEntry& entry) {
 void check_scale(const char* op, const AdamWPlan& plan, const AdamWEntry& entry, int role) {
   const Tensor& scale = plan.get(entry, role);
   TORCHWELD_CHECK(
-      is_scale(scale.get(), entry) && scale.is_cpu(), op, kRoleNames[role],
+      is_scale(scale.get(), entry), op, kRoleNames[role],
       "shape [" << blocks_of(entry) << "], one per " << kernels::kAdamWBlock << " elements",
       shape_string(scale));
 }
@@ -167,6 +171,8 @@ void check(const char* op, AdamWPlan& plan, AdamWEntry& entry, const Tensor& gra
   entry.type = *real;
   entry.size = param.numel() * real->per_element;
   check_like_param(op, "grads", grad, param, type, k, false);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(param.get(), &entry.device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(param.get(), &entry.device_index));
   entry.uniform = false;  // until all checks have passed
   bool uniform = is_dense(param);
   const bool int8 = entry.state == AdamWState::int8;
@@ -184,10 +190,12 @@ void check(const char* op, AdamWPlan& plan, AdamWEntry& entry, const Tensor& gra
       check_like_param(op, kRoleNames[role], *tensor, param, expected, k, true);
       uniform = uniform && same_layout(*tensor, param);
     } else {
-      TORCHWELD_CHECK(tensor->is_cpu() && tensor->scalar_type() == expected &&
-                          (role != kStep || tensor->numel() == 1),
-                      op, kRoleNames[role], "float32 " << (role == kStep ? "scalars" : "vectors"),
-                      dtype_name(tensor->scalar_type()) << " of shape " << shape_string(*tensor));
+      TORCHWELD_CHECK(
+          tensor->device() == param.device() && tensor->scalar_type() == expected &&
+              (role != kStep || tensor->numel() == 1),
+          op, kRoleNames[role],
+          "float32 " << (role == kStep ? "scalars" : "vectors") << " on the device of params",
+          dtype_name(tensor->scalar_type()) << " of shape " << shape_string(*tensor));
     }
   }
   if (int8) {
@@ -205,7 +213,7 @@ void check(const char* op, AdamWPlan& plan, AdamWEntry& entry, const Tensor& gra
 bool still_uniform(const AdamWPlan& plan, AdamWEntry& entry, AtenTensorHandle grad,
                    const void** grad_data) {
   if (!entry.uniform || !has_dtype(grad, entry.dtypes[kParam]) ||
-      !has_layout(grad, *entry.layout) || !is_cpu(grad) ||
+      !has_layout(grad, *entry.layout) || !is_there(grad, entry) ||
       torch_get_const_data_ptr(grad, grad_data) != AOTI_TORCH_SUCCESS) {
     return false;
   }
@@ -219,7 +227,7 @@ bool still_uniform(const AdamWPlan& plan, AdamWEntry& entry, AtenTensorHandle gr
     void* data;
     if (!as_before || torch_get_mutable_data_ptr(tensor, &data) != AOTI_TORCH_SUCCESS) return false;
     // What is where it was is on the device it was on.
-    if ((data == nullptr || data != entry.data[role]) && !is_cpu(tensor)) return false;
+    if ((data == nullptr || data != entry.data[role]) && !is_there(tensor, entry)) return false;
     entry.data[role] = data;
   }
   return true;

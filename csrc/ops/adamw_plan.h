@@ -15,7 +15,7 @@ namespace torchweld::ops {
 // What a tensor is to its parameter, in the order of the last columns of `places`.
 enum AdamWRole {
   kParam,
-  kStep,            // float32 scalar: steps done
+  kStep,            // float32 scalar on the device of the parameter: steps done
   kExpAvg,          // int8 states: uint8 codes
   kExpAvgSq,        // likewise
   kMaxExpAvgSq,     // amsgrad
@@ -47,6 +47,7 @@ struct AdamWEntry {
   // What the last full check found, which holds while the tensors keep their dtypes, sizes and
   // strides.
   bool uniform = false;  // all tensors lie as the parameter does, without gaps
+  int32_t device_type = -1, device_index = -1;
   std::array<int32_t, kRoleCount> dtypes{};
   const std::vector<int64_t>* layout = nullptr;  // sizes, then strides; one of AdamWPlan::layouts
   RealType type{};
@@ -54,6 +55,11 @@ struct AdamWEntry {
 
   // Where the tensors were at the last look.
   std::array<void*, kRoleCount> data{};
+};
+
+// What a back end keeps with a plan.
+struct AdamWTables {
+  virtual ~AdamWTables() = default;
 };
 
 // Holds tensors, and pointers into them for the length of a step: `p.data = x` changes what a
@@ -75,6 +81,7 @@ struct AdamWPlan {
   std::set<std::vector<int64_t>> layouts;
   // Where parameters lay that were found not to overlap.
   std::vector<MemoryRange> disjoint;
+  std::unique_ptr<AdamWTables> tables;
 };
 
 // A plan as an operator returns it: bytes of its own that free it. No operator may copy them.

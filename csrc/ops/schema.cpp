@@ -23,15 +23,18 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   // of what AdamWRole lists, -1 for none.
   m.def("_adamw_plan(Tensor[] tensors, Tensor places) -> Tensor");
   // One step over all groups; everything is checked before anything is written. grads[k] belongs to
-  // row which[k] of the plan, row k if `which` is empty. hyper: lr, beta1, beta2, eps,
-  // weight_decay, maximize of each group. Gradients are divided by loss_scale, then clipped to
-  // max_grad_norm, and not written. Nothing is written either if a gradient is not finite and there
-  // is a loss_scale or skip_nonfinite. sum_of_squares, of the gradients before loss_scale: given
-  // where this process has only a part of them. Averages move by average_weight. Returns float64
-  // [5]: norm of the gradients (NaN if it was not needed), 1 if skipped, and with statistics norm
-  // of the update, share of the elements whose update was lost, gradients not finite.
+  // row which[k] of the plan, row k if `which` is empty. All tensors are on one device. hyper: lr,
+  // beta1, beta2, eps, weight_decay, maximize of each group. lrs: empty, or for each group its
+  // learning rate as a float64 or float32 scalar, or a tensor of no elements: then hyper's counts.
+  // On CUDA it is read when the step runs, as is loss_scale. Gradients are divided by loss_scale,
+  // then clipped to max_grad_norm, and not written. Nothing is written either if a gradient is not
+  // finite and there is a loss_scale or skip_nonfinite. sum_of_squares (float64 scalar), of the
+  // gradients before loss_scale: given where these are only a part of them. Averages move by
+  // average_weight. Returns float64 [5]: norm of the gradients (NaN if it was not needed), 1 if
+  // skipped, and with statistics norm of the update, share of the elements whose update was lost,
+  // gradients not finite.
   m.def(
-      "_adamw_run(Tensor(a!) plan, Tensor[] grads, int[] which, float[] hyper, "
+      "_adamw_run(Tensor(a!) plan, Tensor[] grads, int[] which, float[] hyper, Tensor[] lrs, "
       "float? max_grad_norm, Tensor? loss_scale, Tensor? sum_of_squares, bool skip_nonfinite, "
       "int seed, bool statistics, float average_weight) -> Tensor");
   // float64 [1]: the square of grad_norm.

@@ -27,6 +27,9 @@ class GradScaler(torch.amp.GradScaler):
         enabled: False: do nothing but step.
 
     Note:
+        On a GPU no step waits for the device, and a skipped one may be part of a CUDA graph. After
+        :meth:`unscale_` it is torch's step, which waits.
+
         The gradients stay scaled after :meth:`step`; call :meth:`unscale_` first to look at them
         or to change them, or give ``max_grad_norm`` to the optimizer to clip them. A skipped step
         is a call of the optimizer's ``step`` that writes nothing, so that its hooks run.

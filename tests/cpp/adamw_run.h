@@ -28,6 +28,7 @@ inline std::vector<AdamWMode> adamw_modes() {
         const bool exists = kernels.step(mode.dtype, mode.state, mode.rounding) != nullptr;
         CHECK(exists == (kernels.observe(mode.dtype, mode.state, mode.rounding) != nullptr),
               "a step that can be made can be observed: %d %d %d", d, s, r);
+        CHECK(exists == adamw_exists(mode.dtype, mode.state, mode.rounding), "%d %d %d", d, s, r);
         if (!exists) continue;
         modes.push_back(mode);
         if (mode.state != AdamWState::int8) {

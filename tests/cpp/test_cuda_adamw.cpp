@@ -2,10 +2,11 @@
 #include <string>
 
 #include "adamw_run.h"
-#include "kernels/cuda/adamw.h"
+#include "ops/cuda/adamw_batches.h"
 
 using namespace torchweld::kernels;
 using namespace torchweld::kernels::cuda;
+using namespace torchweld::ops;
 
 namespace {
 
@@ -34,16 +35,26 @@ class Device {
 
   void add(const AdamWMode& mode, const AdamWSpan& span, int64_t row = 0, int64_t stride = 0) {
     kinds_.push_back({mode.dtype, mode.state, mode.rounding, mode.amsgrad});
-    tensors_.push_back(
-        {.span = span, .row = row, .stride = stride, .step_count = nullptr, .group = 0, .id = 7});
+    tensors.push_back({.span = span,
+                       .row = row,
+                       .stride = stride,
+                       .step_count = nullptr,
+                       .group = 0,
+                       .id = 7,
+                       .average = nullptr,
+                       .bfloat16_weight = nullptr});
     grads.push_back({span.grad, span.size, mode.dtype});
     steps.push_back(2);  // AdamWRun::fill() did two
   }
 
   void step() {
-    for (size_t t = 0; t < tensors_.size(); ++t) tensors_[t].step_count = &steps[t];
-    std::vector<AdamWScalars> scalars(tensors_.size());
-    std::vector<Chunk> pieces = needs_norm ? chunks_of(kAdamWSumPiece) : std::vector<Chunk>();
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      tensors[t].step_count = &steps[share_a_count ? 0 : t];
+    }
+    std::vector<AdamWScalars> scalars(tensors.size());
+    ChunkRuns cut(kAdamWSumPiece);
+    for (size_t t = 0; needs_norm && t < tensors.size(); ++t) cut.add(t, tensors[t].span.size);
+    const std::vector<Chunk> pieces = chunks_of(cut);
     std::vector<double> squares(pieces.size() + 1);  // so that it is somewhere
     std::vector<int64_t> nonfinite(pieces.size() + 1);
     ok(launch_sum_of_squares({.tensors = grads.data(),
@@ -55,62 +66,67 @@ class Device {
     prepare.squares = needs_norm ? squares.data() : nullptr;
     prepare.nonfinite = nonfinite.data();
     prepare.pieces = static_cast<int64_t>(pieces.size());
-    prepare.tensors = tensors_.data();
-    prepare.grads = grads.data();
-    prepare.count = static_cast<int64_t>(tensors_.size());
+    prepare.tensors = tensors.data();
+    prepare.count = static_cast<int64_t>(tensors.size());
     prepare.groups = &group;
     prepare.scalars = scalars.data();
     int32_t skipped = -1;
     prepare.skipped = &skipped;
     prepare.report = report;
     ok(launch_adamw_prepare(prepare, nullptr));
-    std::vector<char> done(tensors_.size());
-    for (size_t t = 0; t < tensors_.size(); ++t) {
-      if (done[t]) continue;
-      const auto alike = [&](size_t other) { return kinds_[other] == kinds_[t]; };
-      for (size_t other = t; other < done.size(); ++other) done[other] |= alike(other);
-      const std::vector<Chunk> chunks = chunks_of(chunk_size_, alike);
-      ok(launch_adamw_step(kinds_[t],
-                           {.tensors = tensors_.data(),
+    std::vector<MemoryRange> params;
+    int64_t elements = 0;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      const auto* begin = static_cast<const char*>(tensors[t].span.param);
+      elements += tensors[t].span.size;
+      params.emplace_back(begin, begin + tensors[t].span.size * size_of(kinds_[t].param));
+    }
+    ChunkRuns runs(chunk_size_);
+    const std::vector<AdamWBatch> batches = batches_of(params, kinds_, runs);
+    const std::vector<Chunk> chunks = chunks_of(runs);
+    std::vector<AdamWStatistics> statistics(observes ? chunks.size() : 0);
+    for (const AdamWBatch& batch : batches) {
+      ok(launch_adamw_step(batch.kind,
+                           {.tensors = tensors.data(),
                             .grads = grads.data(),
                             .scalars = scalars.data(),
                             .skipped = &skipped,
-                            .chunks = chunks.data(),
-                            .count = static_cast<int64_t>(chunks.size()),
-                            .chunk_size = chunk_size_},
+                            .chunks = chunks.data() + batch.first,
+                            .count = batch.count,
+                            .chunk_size = chunk_size_,
+                            .statistics = observes ? statistics.data() + batch.first : nullptr,
+                            .average_weight = 0.25},
                            nullptr));
     }
+    if (!observes) return;
+    ok(launch_adamw_report({.statistics = statistics.data(),
+                            .count = static_cast<int64_t>(chunks.size()),
+                            .elements = elements,
+                            .skipped = &skipped,
+                            .report = report},
+                           nullptr));
   }
 
   std::vector<Values> grads;
+  std::vector<AdamWTensor> tensors;
   std::vector<float> steps;
   AdamWGroup group{kLr, 0.9, 0.999, 1e-8, 0.01, 1, nullptr, DType::float64};
   AdamWPrepareParams prepare{};
-  bool needs_norm = false;
+  bool needs_norm = false, observes = false, share_a_count = false;
   double report[5];
 
  private:
   static void ok(cudaError_t error) { CHECK(error == cudaSuccess, "error %d", error); }
 
-  template <class Wanted = bool (*)(size_t)>
-  std::vector<Chunk> chunks_of(
-      int64_t size, const Wanted& wanted = [](size_t) { return true; }) const {
-    std::vector<ChunkRun> runs;
-    int64_t total = 0;
-    for (size_t t = 0; t < tensors_.size(); ++t) {
-      if (!wanted(t)) continue;
-      const int64_t count = (tensors_[t].span.size + size - 1) / size;
-      runs.push_back({total, static_cast<int32_t>(t), static_cast<int32_t>(count)});
-      total += count;
-    }
-    std::vector<Chunk> chunks(static_cast<size_t>(total));
-    ok(launch_chunks(runs.data(), static_cast<int64_t>(runs.size()), chunks.data(), nullptr));
+  static std::vector<Chunk> chunks_of(const ChunkRuns& runs) {
+    std::vector<Chunk> chunks(static_cast<size_t>(runs.end()));
+    ok(launch_chunks(runs.runs().data(), static_cast<int64_t>(runs.runs().size()), chunks.data(),
+                     nullptr));
     return chunks;
   }
 
   int64_t chunk_size_;
   std::vector<AdamWKind> kinds_;
-  std::vector<AdamWTensor> tensors_;
 };
 
 std::string describe(const AdamWMode& mode, int64_t size) {
@@ -137,7 +153,7 @@ void check_as_on_cpu(const AdamWMode& mode, int64_t size, int64_t shift, int64_t
   }
 }
 
-// A list of all kinds at once, one of them without a gradient.
+// A list of all kinds at once, with an empty tensor.
 void check_mixed_list() {
   std::vector<AdamWRun> runs, expected;
   int64_t size = 1;
@@ -152,14 +168,13 @@ void check_mixed_list() {
     expected.emplace_back(run);
     device.add(run.mode, run.span());
   }
-  device.grads[5].size = -1;
   device.grads.back().data = nullptr;  // as torch has it; the steps count all the same
   device.step();
   for (size_t t = 0; t < runs.size(); ++t) {
-    if (t != 5) expected[t].step(AdamWRun::scalars_of(3, kLr));
+    expected[t].step(AdamWRun::scalars_of(3, kLr));
     CHECK(runs[t] == expected[t], "tensor %zu: %s", t,
           describe(runs[t].mode, runs[t].size).c_str());
-    CHECK(device.steps[t] == (t == 5 ? 2 : 3), "steps of tensor %zu", t);
+    CHECK(device.steps[t] == 3, "steps of tensor %zu", t);
   }
 }
 
@@ -185,17 +200,18 @@ void check_shards() {
 
 double sum_on_cpu(const Values& tensor) {
   const auto sum = table(detect_capability()).adamw->sum_of_squares[static_cast<int>(tensor.dtype)];
-  double total = 0;
-  for (int64_t i = 0; i < tensor.size; i += kAdamWSumPiece) {
-    total += sum(static_cast<const char*>(tensor.data) + i * size_of(tensor.dtype),
-                 std::min(kAdamWSumPiece, tensor.size - i));
+  std::vector<double> pieces;
+  for (int64_t i = 0; i < tensor.size; i += kAdamWSumPart) {
+    if (i % kAdamWSumPiece == 0) pieces.push_back(0);
+    pieces.back() += sum(static_cast<const char*>(tensor.data) + i * size_of(tensor.dtype),
+                         std::min(kAdamWSumPart, tensor.size - i));
   }
-  return total;
+  return adamw_total(pieces.data(), static_cast<int64_t>(pieces.size()));
 }
 
 void check_norm() {
   for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
-    for (int64_t size : {0, 1, 31, 257, 16384, 40000}) {
+    for (int64_t size : {0, 1, 31, 257, 2049, 16384, 40000}) {
       AdamWRun run(size, {dtype});
       run.fill(2);
       Device device(1 << 11);
@@ -298,22 +314,83 @@ void check_codes() {
   }
 }
 
-void check_tables() {
-  Array<uint64_t> from(1000), to(1000);
-  for (int64_t i = 0; i < 1000; ++i) from[i] = static_cast<uint64_t>(i * i);
-  CHECK(launch_write(&to[0], &from[0], 8000, nullptr) == cudaSuccess, "write");
-  CHECK(to == from, "write");
-  constexpr int kMultiprocessors = 132;
-  for (int64_t elements : {int64_t{1}, int64_t{1} << 20, int64_t{25'000'000}, int64_t{1} << 33}) {
-    const int64_t size = adamw_chunk_size(elements, kMultiprocessors);
-    CHECK(size % kAdamWBlock == 0 && size >= 1 << 11 && size <= 1 << 15, "%ld",
-          static_cast<long>(size));
-    const bool fills = (elements + size - 1) / size >= 8 * kMultiprocessors;
-    CHECK(fills || size == 1 << 11, "%ld elements", static_cast<long>(elements));
+// More sums than one for each thread that adds them up.
+void check_totals() {
+  for (int64_t count : {0, 1, 511, 512, 1300}) {
+    std::vector<double> sums;
+    std::mt19937 random(3);
+    std::normal_distribution<double> normal;
+    double exact = 0;
+    for (int64_t i = 0; i < count; ++i) exact += sums.emplace_back(std::abs(normal(random)));
+    double total = -1;
+    CHECK(launch_total({sums.data(), count, false, &total}, nullptr) == cudaSuccess, "total");
+    CHECK(total == adamw_total(sums.data(), count), "%.17g", total);
+    CHECK(std::abs(total - exact) <= 1e-12 * exact, "%.17g, %.17g", total, exact);
   }
-  CHECK(adamw_chunk_size(int64_t{1} << 33, kMultiprocessors) == 1 << 15, "large chunks");
-  int64_t none = 0;
-  CHECK(launch_chunks(nullptr, none, nullptr, nullptr) == cudaSuccess, "nothing to do");
+}
+
+// What an observed step sees and keeps is what the CPU sees and keeps; its results are the same.
+void check_observed(const AdamWMode& mode, int64_t size) {
+  AdamWRun run(size, mode);
+  run.fill(4);
+  const bool finite = mode.dtype == DType::float16;  // set_grad() knows of no infinity there
+  if (!finite) run.set_grad(size / 2, INFINITY);
+  const AdamWRun expected(run), before(run);
+  const bool is_double = mode.dtype == DType::float64;
+  Array<double> average(size, 0.5), expected_average(size, 0.5);
+  Array<float> single(size, 0.5f), expected_single(size, 0.5f);
+  Array<uint16_t> copy(size), expected_copy(size);
+  Device device(1 << 11);
+  device.add(mode, run.span());
+  device.observes = true;
+  device.tensors[0].average = is_double ? static_cast<void*>(&average[0]) : &single[0];
+  device.tensors[0].bfloat16_weight = reinterpret_cast<BFloat16*>(&copy[0]);
+  device.step();
+  const AdamWScalars scalars = AdamWRun::scalars_of(3, kLr);
+  expected.step(scalars);
+  CHECK(run == expected, "%s", describe(mode, size).c_str());
+  AdamWStatistics seen{};
+  table(detect_capability())
+      .adamw->observe(mode.dtype, mode.state, mode.rounding)(
+          expected.span(), scalars,
+          {.param_before = &before.p[0],
+           .compensation_before = before.c.size > 0 ? &before.c[0] : nullptr,
+           .ema = is_double ? static_cast<void*>(&expected_average[0]) : &expected_single[0],
+           .ema_weight = 0.25,
+           .bfloat16 = reinterpret_cast<BFloat16*>(&expected_copy[0])},
+          &seen);
+  CHECK(average == expected_average && single == expected_single, "average");
+  CHECK(copy == expected_copy, "copy");
+  CHECK(device.report[3] == static_cast<double>(seen.lost) / static_cast<double>(size), "lost");
+  CHECK(device.report[4] == !finite && seen.nonfinite == !finite, "%g", device.report[4]);
+  CHECK(std::isfinite(device.report[2]) == std::isfinite(seen.update_squares), "infinite");
+
+  // Where all is finite, the norm of the update up to the order of additions.
+  AdamWRun other(size, mode);
+  other.fill(5);
+  const AdamWRun start(other);
+  Device again(1 << 11);
+  again.add(mode, other.span());
+  again.observes = true;
+  again.step();
+  double squares = 0;
+  for (int64_t i = 0; i < size; ++i) squares += std::pow(other.weight(i) - start.weight(i), 2);
+  CHECK(std::abs(again.report[2] - std::sqrt(squares)) <= 1e-6 * std::sqrt(squares), "%g, %g",
+        again.report[2], std::sqrt(squares));
+}
+
+void check_a_shared_count() {
+  AdamWRun first(300, {DType::float32}), second(700, {DType::float32});
+  first.fill(1);
+  second.fill(2);
+  const AdamWRun expected(second);
+  Device device(1 << 11);
+  device.add(first.mode, first.span());
+  device.add(second.mode, second.span());
+  device.share_a_count = true;
+  device.step();
+  expected.step(AdamWRun::scalars_of(3, kLr));
+  CHECK(second == expected && device.steps[0] == 4, "%g steps", device.steps[0]);
 }
 
 }  // namespace
@@ -323,6 +400,7 @@ int main() {
     for (int64_t size : {1, 15, 256, 300, 5003}) check_as_on_cpu(mode, size, 0, 1 << 11);
     check_as_on_cpu(mode, 5003, 0, 1 << 12);
     check_as_on_cpu(mode, 1000, 1, 1 << 11);
+    check_observed(mode, 2301);
   }
   check_mixed_list();
   check_shards();
@@ -330,5 +408,6 @@ int main() {
   check_clipping_and_scaling();
   check_skipping();
   check_codes();
-  check_tables();
+  check_totals();
+  check_a_shared_count();
 }

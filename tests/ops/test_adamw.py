@@ -338,9 +338,12 @@ def bad(**change):
         ),
         (
             {"state_steps": [torch.zeros((), dtype=torch.int64)] * 2},
-            r"state_steps: expected float32 scalars, got int64 of shape \[\]",
+            r"state_steps: expected float32 scalars on the device of params, got int64",
         ),
-        ({"grad_scale": torch.ones(())}, r"grad_scale: expected a float64 scalar, got float32"),
+        (
+            {"grad_scale": torch.ones(())},
+            r"grad_scale: expected a float64 scalar on the device of params",
+        ),
     ],
 )
 def test_bad_arguments_write_nothing(change, message):

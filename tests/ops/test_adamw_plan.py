@@ -19,8 +19,12 @@ def plan(tensors, *rows):
     return ops._adamw_plan(tensors, torch.tensor(rows))
 
 
-def run(handle, grads, which=(), hyper=HYPER, max_norm=None, scale=None, total=None, skip=False):
-    return ops._adamw_run(handle, grads, which, hyper, max_norm, scale, total, skip, 0, False, 0.0)
+def run(
+    handle, grads, which=(), hyper=HYPER, lrs=(), max_norm=None, scale=None, total=None, skip=False
+):
+    return ops._adamw_run(
+        handle, grads, which, hyper, lrs, max_norm, scale, total, skip, 0, False, 0.0
+    )
 
 
 def tensors_of(param):

@@ -34,7 +34,7 @@ def states_by_themselves(param, grad, offset, steps):
     hyper = [1e-2, 0.9, 0.999, 1e-8, 0.1, False]
     for _ in range(steps):
         torch.ops.torchweld._adamw_run(
-            plan, [grad], [], hyper, None, None, None, False, 0, False, 0.0
+            plan, [grad], [], hyper, [], None, None, None, False, 0, False, 0.0
         )
     return state
 

@@ -9,8 +9,11 @@ import torch
 import torchweld as tw
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torchweld.optim import _distributed, _plan
 
 from tests.optim.models import parameter
+
+CPU = torch.device("cpu")
 
 
 def pair(*params, **options):
@@ -175,6 +178,35 @@ def test_scales_that_shrink_are_seen():
     optimizer.state[param]["exp_avg_scale"].data = torch.ones(2)
     with pytest.raises(RuntimeError, match=r"exp_avg_scales: expected shape \[4\]"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True}], ids=str)
+def test_parameters_on_several_devices(monkeypatch, options, statistics):
+    """Here all of them the CPU: what is checked is that the parts make one step."""
+    results = []
+    finish = _plan._OnDevice.finish
+    for devices in (1, 2):
+        params = [parameter(*sizes, seed=len(sizes)) for sizes in ((700,), (5, 9), (40,), ())]
+        optimizer = tw.optim.AdamW(params, state_dtype="int8", **options)
+        optimizer.observe(statistics=statistics)
+        with monkeypatch.context() as patch:
+            if devices == 2:
+                patch.setattr(_plan._OnDevice, "finish", lambda o, _: finish(o, CPU))
+                patch.setattr(_distributed, "device", lambda x: torch.device("cpu", x.dim() % 2))
+            for step in range(4):
+                params[2].grad = None if step == 1 else torch.ones(40)
+                if options and step == 2:
+                    params[1].grad[2, 3] = torch.inf
+                optimizer.step()
+                params[1].grad[2, 3] = 0.1
+            assert len(optimizer._plan._on) == devices
+        results.append([optimizer.skipped_steps, *map(torch.clone, params)])
+        if statistics:
+            results[-1] += optimizer.statistics
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    assert results[0][0] == (1 if options else 0)
 
 
 def test_a_sparse_gradient_later_leaves_no_half_step():

@@ -28,19 +28,27 @@ class SquareSums {
     for (int j = 0; j < kWide; ++j) add_square(sums_[r * kWide + j], a[j] - b[j]);
   }
 
+  // Sum l + n is added to sum l for n = kSize / 2, ..., 1: whole registers first.
   double total() const {
-    double total = 0;
-    for (VecD sum : sums_) {
-      for (int lane = 0; lane < kLanesD; ++lane) total += sum[lane];
+    VecD sums[kVectors];
+    memcpy(sums, sums_, sizeof sums);
+    for (int n = kVectors / 2; n > 0; n /= 2) {
+      for (int r = 0; r < n; ++r) sums[r] += sums[r + n];
     }
-    return total;
+    double lanes[kLanesD];
+    memcpy(lanes, sums, sizeof lanes);
+    for (int n = kLanesD / 2; n > 0; n /= 2) {
+      for (int l = 0; l < n; ++l) lanes[l] += lanes[l + n];
+    }
+    return lanes[0];
   }
 
  private:
   static void add_square(VecD& sum, VecD x) { sum = fma(x, x, sum); }
 
   static constexpr int kWide = sizeof(typename Math<T>::Scalar) == 8 ? 1 : 2;  // VecD to a register
-  VecD sums_[kSize / kLanesD] = {};
+  static constexpr int kVectors = kSize / kLanesD;
+  VecD sums_[kVectors] = {};
 };
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

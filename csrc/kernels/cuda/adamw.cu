@@ -1,11 +1,11 @@
 // The AdamW step with states like the parameters: torch's fused CPU step, bit for bit, as
 // kernels/cpu/adamw.cpp has it.
-#include "kernels/cuda/adamw_chunk.h"
+#include "kernels/cuda/adamw_observe.h"
 
 namespace torchweld::kernels::cuda {
 namespace {
 
-template <class T, bool kAmsgrad>
+template <class T, bool kAmsgrad, bool kObserve>
 __global__ void __launch_bounds__(kStepThreads) step_like_param(AdamWStepParams params) {
   constexpr int kCount = 16 / sizeof(T);
   using Vec = typename Math<T>::Vec;
@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kStepThreads) step_like_param(AdamWStepParams 
   const AdamWSpan& span = work.tensor->span;
   const int64_t tail = span.size - span.size % kTorchLanes<T>;
   const Step<T> step(*work.scalars);
+  Observation<T, kCount> seen(params, work);
   for (int64_t i = work.begin + threadIdx.x * kCount; i < work.end; i += kStepThreads * kCount) {
     const int count = work.count<kCount>(i);
     T p[kCount], g[kCount], m[kCount], v[kCount], v_max[kCount];
@@ -21,9 +22,11 @@ __global__ void __launch_bounds__(kStepThreads) step_like_param(AdamWStepParams 
     load_group(static_cast<T*>(span.exp_avg) + i, count, m);
     load_group(static_cast<T*>(span.exp_avg_sq) + i, count, v);
     if constexpr (kAmsgrad) load_group(static_cast<T*>(span.max_exp_avg_sq) + i, count, v_max);
+    if constexpr (kObserve) seen.begin(i, count);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      Vec pj = to_vec(p[j]), mj = to_vec(m[j]), vj = to_vec(v[j]);
+      const Vec before = to_vec(p[j]);
+      Vec pj = before, mj = to_vec(m[j]), vj = to_vec(v[j]);
       if constexpr (kAmsgrad) {
         Vec xj = to_vec(v_max[j]);
         step.update(pj, to_vec(g[j]), mj, vj, &xj, i + j >= tail);
@@ -34,18 +37,27 @@ __global__ void __launch_bounds__(kStepThreads) step_like_param(AdamWStepParams 
       p[j] = from_vec<T>(pj);
       m[j] = from_vec<T>(mj);
       v[j] = from_vec<T>(vj);
+      if constexpr (kObserve) seen.see(j, before, to_vec(p[j]), g[j], to_vec(m[j]) != 0);
     }
+    if constexpr (kObserve) seen.end();
     store_group(static_cast<T*>(span.param) + i, count, p);
     store_group(static_cast<T*>(span.exp_avg) + i, count, m);
     store_group(static_cast<T*>(span.exp_avg_sq) + i, count, v);
     if constexpr (kAmsgrad) store_group(static_cast<T*>(span.max_exp_avg_sq) + i, count, v_max);
   }
+  if constexpr (kObserve) seen.write(params.statistics + blockIdx.x);
+}
+
+template <class T, bool kAmsgrad>
+cudaError_t launch_observed(const AdamWStepParams& params, cudaStream_t stream) {
+  return launch(params.statistics != nullptr ? step_like_param<T, kAmsgrad, true>
+                                             : step_like_param<T, kAmsgrad, false>,
+                params.count, kStepThreads, stream, params);
 }
 
 template <class T>
 cudaError_t launch_for(bool amsgrad, const AdamWStepParams& params, cudaStream_t stream) {
-  return launch(amsgrad ? step_like_param<T, true> : step_like_param<T, false>, params.count,
-                kStepThreads, stream, params);
+  return (amsgrad ? launch_observed<T, true> : launch_observed<T, false>)(params, stream);
 }
 
 }  // namespace

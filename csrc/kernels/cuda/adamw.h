@@ -12,24 +12,29 @@
 
 namespace torchweld::kernels::cuda {
 
-// A gradient, or another tensor to be summed up. `data` says nothing of whether there is one: it is
-// null for an empty tensor too, whose steps count.
+// The tables are compared as words, so nothing in them is padding that the compiler may leave as it
+// finds it.
+
+// A gradient, or another tensor to be summed up.
 struct Values {
   const void* data;
-  int64_t size;  // negative: there is no gradient, the tensor is not stepped
+  int64_t size;
   DType dtype;
+  int32_t unused = 0;
 };
 
 // A parameter and its states.
 struct AdamWTensor {
-  AdamWSpan
-      span;  // `grad` is not used; `index` is that of the first element in the whole parameter
+  // `grad` is not used; `index` is that of the first element in the whole parameter.
+  AdamWSpan span;
   // Element i is element span.index + i / row * stride + i % row of the whole; row = 0: span.index
   // + i. 0 with int8 states.
   int64_t row, stride;
   float* step_count;  // steps done
-  int32_t group;
-  uint64_t id;  // what the random bits of two parameters differ by
+  int64_t group;
+  uint64_t id;                // what the random bits of two parameters differ by
+  void* average;              // null, or as AdamWObserver::ema
+  BFloat16* bfloat16_weight;  // null, or as AdamWObserver::bfloat16
 };
 
 struct AdamWGroup {
@@ -37,6 +42,7 @@ struct AdamWGroup {
   double sign;          // of the gradients: -1 to maximize
   const void* lr_data;  // null, or the learning rate, float64 or float32, read when the step runs
   DType lr_dtype;
+  int32_t unused = 0;
 };
 
 // --- tables --------------------------------------------------------------------------------------
@@ -52,10 +58,6 @@ struct ChunkRun {
   int32_t tensor, count;
 };
 
-// Elements of a chunk such that `elements` fill a device of `multiprocessors`, with the tables and
-// the start of a block still of no weight: a power of two, and a multiple of kAdamWBlock.
-int64_t adamw_chunk_size(int64_t elements, int multiprocessors);
-
 // Copies host memory into kernel parameters and from there to the device: it may be captured in a
 // graph, and `from` is free again when the call returns. Multiples of 8 bytes, at such addresses.
 cudaError_t launch_write(void* to, const void* from, int64_t bytes, cudaStream_t stream);
@@ -64,9 +66,6 @@ cudaError_t launch_write(void* to, const void* from, int64_t bytes, cudaStream_t
 cudaError_t launch_chunks(const ChunkRun* runs, int64_t count, Chunk* chunks, cudaStream_t stream);
 
 // --- norm ----------------------------------------------------------------------------------------
-// Elements that make one partial sum, as on the CPU: the sums have the same bits.
-inline constexpr int64_t kAdamWSumPiece = 1 << 14;
-
 struct SumParams {
   const Values* tensors;
   const Chunk* pieces;  // of kAdamWSumPiece
@@ -76,7 +75,7 @@ struct SumParams {
 };
 cudaError_t launch_sum_of_squares(const SumParams& params, cudaStream_t stream);
 
-// Adds up partial sums in their order.
+// Adds up partial sums as adamw_total() does.
 struct TotalParams {
   const double* squares;
   int64_t count;
@@ -99,7 +98,6 @@ struct AdamWPrepareParams {
   bool skip_nonfinite;           // as if there were a loss_scale: step only if all is finite
 
   const AdamWTensor* tensors;
-  const Values* grads;
   int64_t count;
   const AdamWGroup* groups;
   uint64_t seed;
@@ -111,6 +109,9 @@ struct AdamWPrepareParams {
 // Computes norm, clipping and scalars, and counts the step.
 cudaError_t launch_adamw_prepare(const AdamWPrepareParams& params, cudaStream_t stream);
 
+// Elements that all threads of a block of any kind have a word of.
+inline constexpr int64_t kAdamWLeastChunk = 1 << 11;
+
 struct AdamWStepParams {
   const AdamWTensor* tensors;
   const Values* grads;
@@ -119,6 +120,9 @@ struct AdamWStepParams {
   const Chunk* chunks;  // of tensors of one kind
   int64_t count;
   int64_t chunk_size;
+  // Null, or what was seen of each chunk; only then averages and copies of weights are kept.
+  AdamWStatistics* statistics;
+  double average_weight;
 };
 
 // What tensors have in common that one launch steps.
@@ -131,10 +135,19 @@ struct AdamWKind {
   bool operator==(const AdamWKind&) const = default;
 };
 
-// Same bits as the CPU's kernels, whose table says which kinds there are; cudaErrorInvalidValue for
-// others.
+// Same bits as the CPU's kernels; cudaErrorInvalidValue where adamw_exists() says no.
 cudaError_t launch_adamw_step(const AdamWKind& kind, const AdamWStepParams& params,
                               cudaStream_t stream);
+
+// Adds up what was seen of all chunks, for the report of the step.
+struct AdamWReportParams {
+  const AdamWStatistics* statistics;
+  int64_t count;
+  int64_t elements;  // of all parameters
+  const int32_t* skipped;
+  double* report;
+};
+cudaError_t launch_adamw_report(const AdamWReportParams& params, cudaStream_t stream);
 
 // --- int8 states ---------------------------------------------------------------------------------
 struct AdamWCodeParams {

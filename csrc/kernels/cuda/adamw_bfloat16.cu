@@ -1,5 +1,5 @@
 // The AdamW step with bfloat16 moments, stochastically rounded, as kernels/cpu/adamw_bfloat16.cpp.
-#include "kernels/cuda/adamw_chunk.h"
+#include "kernels/cuda/adamw_observe.h"
 
 namespace torchweld::kernels::cuda {
 namespace {
@@ -10,7 +10,7 @@ TORCHWELD_INLINE int64_t place_of(const AdamWTensor& tensor, int64_t i) {
   return tensor.span.index + i;
 }
 
-template <class T, AdamWRounding kRounding, bool kAmsgrad>
+template <class T, AdamWRounding kRounding, bool kAmsgrad, bool kObserve>
 __global__ void __launch_bounds__(kStepThreads) step_bfloat16(AdamWStepParams params) {
   constexpr int kCount = 8;
   const StepWork work(params);
@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kStepThreads) step_bfloat16(AdamWStepParams pa
   const float beta1 = static_cast<float>(work.scalars->beta1);
   const float beta2 = static_cast<float>(work.scalars->beta2);
   const uint64_t key = work.scalars->key;
+  Observation<T, kCount> seen(params, work);
   auto* const params_data = static_cast<T*>(span.param);
   auto* const m_data = static_cast<uint16_t*>(span.exp_avg);
   auto* const v_data = static_cast<uint16_t*>(span.exp_avg_sq);
@@ -34,8 +35,10 @@ __global__ void __launch_bounds__(kStepThreads) step_bfloat16(AdamWStepParams pa
     load_group(v_data + i, count, v);
     if constexpr (kAmsgrad) load_group(v_max_data + i, count, v_max);
     if constexpr (kCompensated<kRounding>) load_group(c_data + i, count, c);
+    if constexpr (kObserve) seen.begin(i, count);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
+      const float before = weight_of<kRounding>(p[j], c[j]);
       const RandomBits bits = random_at(place_of(*work.tensor, i + j), key);
       float mj = float_of(upper(m[j])) * beta1, vj = float_of(upper(v[j])) * beta2;
       step.moments(to_vec(g[j]), mj, vj);
@@ -47,19 +50,31 @@ __global__ void __launch_bounds__(kStepThreads) step_bfloat16(AdamWStepParams pa
       step_weight<kRounding>(step, p[j], c[j], mj, second, bits);
       m[j] = upper_half(round_stochastic(mj, bits.low16()));
       v[j] = upper_half(round_stochastic(vj, bits.high16()));
+      if constexpr (kObserve) {
+        seen.see(j, before, weight_of<kRounding>(p[j], c[j]), g[j], float_of(upper(m[j])) != 0);
+      }
     }
+    if constexpr (kObserve) seen.end();
     store_group(params_data + i, count, p);
     store_group(m_data + i, count, m);
     store_group(v_data + i, count, v);
     if constexpr (kAmsgrad) store_group(v_max_data + i, count, v_max);
     if constexpr (kCompensated<kRounding>) store_group(c_data + i, count, c);
   }
+  if constexpr (kObserve) seen.write(params.statistics + blockIdx.x);
+}
+
+template <class T, AdamWRounding kRounding, bool kAmsgrad>
+cudaError_t launch_observed(const AdamWStepParams& params, cudaStream_t stream) {
+  return launch(params.statistics != nullptr ? step_bfloat16<T, kRounding, kAmsgrad, true>
+                                             : step_bfloat16<T, kRounding, kAmsgrad, false>,
+                params.count, kStepThreads, stream, params);
 }
 
 template <class T, AdamWRounding kRounding>
 cudaError_t launch_for(bool amsgrad, const AdamWStepParams& params, cudaStream_t stream) {
-  return launch(amsgrad ? step_bfloat16<T, kRounding, true> : step_bfloat16<T, kRounding, false>,
-                params.count, kStepThreads, stream, params);
+  return (amsgrad ? launch_observed<T, kRounding, true>
+                  : launch_observed<T, kRounding, false>)(params, stream);
 }
 
 }  // namespace

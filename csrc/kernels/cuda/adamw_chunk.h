@@ -9,18 +9,17 @@ namespace torchweld::kernels::cuda {
 
 inline constexpr int kStepThreads = 256;
 
-// The elements [begin, end) of a tensor; none if it has no gradient or the step is skipped.
+// The elements [begin, end) of a tensor; none if the step is skipped.
 struct StepWork {
   TORCHWELD_INLINE explicit StepWork(const AdamWStepParams& params) {
     const Chunk chunk = params.chunks[blockIdx.x];
     tensor = &params.tensors[chunk.tensor];
     scalars = &params.scalars[chunk.tensor];
-    const Values values = params.grads[chunk.tensor];
-    grad = values.data;
+    grad = params.grads[chunk.tensor].data;
     begin = chunk.number * params.chunk_size;
     end = begin + params.chunk_size;
     if (end > tensor->span.size) end = tensor->span.size;
-    if (values.size < 0 || *params.skipped != 0) end = begin;
+    if (*params.skipped != 0) end = begin;
   }
 
   // Of the elements from `i` on, how many of kCount there are.
@@ -44,6 +43,18 @@ TORCHWELD_INLINE RandomBits random_at(int64_t index, uint64_t key) {
 
 TORCHWELD_INLINE uint32_t upper(uint16_t bits) { return static_cast<uint32_t>(bits) << 16; }
 TORCHWELD_INLINE uint16_t upper_half(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
+
+// A parameter in float, with what its compensation holds.
+template <AdamWRounding kRounding, class T>
+TORCHWELD_INLINE float weight_of(T p, uint16_t c) {
+  if constexpr (__is_same(T, BFloat16)) {
+    Weight16<kRounding> w{upper(p.bits), 0};
+    if constexpr (kCompensated<kRounding>) w.compensation = upper(c);
+    return w.value();
+  } else {
+    return to_vec(p);
+  }
+}
 
 // Steps a parameter, and its compensation if this rounding has one, with its new moments.
 template <AdamWRounding kRounding, class T>

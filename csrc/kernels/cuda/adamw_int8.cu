@@ -1,6 +1,6 @@
 // The AdamW step with int8 moments, in one pass, as kernels/cpu/adamw_int8.cpp, and their
 // conversion from and to float.
-#include "kernels/cuda/adamw_chunk.h"
+#include "kernels/cuda/adamw_observe.h"
 
 namespace torchweld::kernels::cuda {
 namespace {
@@ -8,6 +8,9 @@ namespace {
 constexpr int kCount = 16;  // elements of a thread: a word of codes
 constexpr int kLanes = static_cast<int>(kAdamWBlock) / kCount;  // threads of a block of codes
 static_assert(kLanes == 16, "a mask below is of half a warp");
+// Half of what other kinds have: with as many elements in flight, and chunks that are as small.
+constexpr int kThreads = kStepThreads / 2;
+static_assert(kThreads * kCount <= kAdamWLeastChunk);
 
 // The threads of this one's block of codes. Halves of a warp may be in different turns of a loop.
 TORCHWELD_INLINE unsigned half_warp() { return 0xffffu << (threadIdx.x & 16); }
@@ -42,13 +45,14 @@ TORCHWELD_INLINE float peak_of(const T (&g)[kCount]) {
   return float_of(static_cast<uint32_t>(bits));
 }
 
-template <class T, AdamWRounding kRounding>
-__global__ void __launch_bounds__(kStepThreads) step_int8(AdamWStepParams params) {
+template <class T, AdamWRounding kRounding, bool kObserve>
+__global__ void __launch_bounds__(kThreads) step_int8(AdamWStepParams params) {
   const StepWork work(params);
   const AdamWSpan& span = work.tensor->span;
   const LowBitStep step(*work.scalars);
   const ScaleStep scale_step(*work.scalars);
   const uint64_t key = work.scalars->key;
+  Observation<T, kCount> seen(params, work);
   auto* const params_data = static_cast<T*>(span.param);
   auto* const m_data = static_cast<uint8_t*>(span.exp_avg);
   auto* const v_data = static_cast<uint8_t*>(span.exp_avg_sq);
@@ -57,7 +61,7 @@ __global__ void __launch_bounds__(kStepThreads) step_int8(AdamWStepParams params
   // All threads of a block of codes take a turn or none, also those whose elements are past the
   // end.
   for (int64_t first = work.begin + threadIdx.x / kLanes * kAdamWBlock; first < work.end;
-       first += kStepThreads * kCount) {
+       first += kThreads * kCount) {
     const int64_t i = first + lane * kCount;
     const int count = i < work.end ? work.count<kCount>(i) : 0;
     T p[kCount], g[kCount];
@@ -72,6 +76,7 @@ __global__ void __launch_bounds__(kStepThreads) step_int8(AdamWStepParams params
     float* const v_scale = span.exp_avg_sq_scale + first / kAdamWBlock;
     const float m_old = *m_scale, v_old = *v_scale;
     const BlockScales scales = scale_step.update(m_old, v_old, peak_of(g));
+    if constexpr (kObserve) seen.begin(i, count);
     __syncwarp(half_warp());  // all have read the old ones
     if (lane == 0) {
       *m_scale = scales.m;
@@ -79,6 +84,7 @@ __global__ void __launch_bounds__(kStepThreads) step_int8(AdamWStepParams params
     }
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
+      const float before = weight_of<kRounding>(p[j], c[j]);
       const RandomBits bits = random_at(span.index + i + j, key);
       float mj = decode(ExpAvgCodec{}, m[j], scales.m_decode);
       float vj = decode(ExpAvgSqCodec{}, v[j], scales.v_decode);
@@ -87,17 +93,24 @@ __global__ void __launch_bounds__(kStepThreads) step_int8(AdamWStepParams params
       m[j] = static_cast<uint8_t>(ExpAvgCodec::encode(mj, scales.m_encode, bits.low20()));
       v[j] = static_cast<uint8_t>(
           ExpAvgSqCodec::encode(vj, scales.v_encode, bits.high20(), scales.v_least));
+      if constexpr (kObserve) {
+        seen.see(j, before, weight_of<kRounding>(p[j], c[j]), g[j], (m[j] & 0x7f) != 0);
+      }
     }
+    if constexpr (kObserve) seen.end();
     store_group(params_data + i, count, p);
     store_group(m_data + i, count, m);
     store_group(v_data + i, count, v);
     if constexpr (kCompensated<kRounding>) store_group(c_data + i, count, c);
   }
+  if constexpr (kObserve) seen.write(params.statistics + blockIdx.x);
 }
 
 template <class T, AdamWRounding kRounding>
 cudaError_t launch_for(const AdamWStepParams& params, cudaStream_t stream) {
-  return launch(step_int8<T, kRounding>, params.count, kStepThreads, stream, params);
+  return launch(
+      params.statistics != nullptr ? step_int8<T, kRounding, true> : step_int8<T, kRounding, false>,
+      params.count, kThreads, stream, params);
 }
 
 // One block of threads a block of codes.

@@ -37,13 +37,13 @@ __global__ void fill_chunks(const ChunkRun* runs, Chunk* chunks) {
 
 // --- norm ----------------------------------------------------------------------------------------
 constexpr int kWarp = 32;
-constexpr int kSumWarps = 8;
+constexpr int kSumWarps = static_cast<int>(kAdamWSumPiece / kAdamWSumPart);
 
-// One warp a piece. Lane l adds elements l, l + 32, ... one after the other, then the lanes' sums
-// are added in order: as kernels/cpu/adamw_sums.h, so the bits are those of a CPU.
+// One warp a part of a piece. Lane l adds elements l, l + 32, ... one after the other, then lanes
+// are added to lanes: as kernels/cpu/adamw_sums.h, so the bits are those of a CPU.
 template <class T>
 TORCHWELD_INLINE void sum_piece(const T* x, int64_t size, double& squares, int64_t& nonfinite) {
-  constexpr int kUnroll = 8;
+  constexpr int kUnroll = sizeof(T) == 2 ? 16 : 8;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int64_t begin = lane; begin < size; begin += kUnroll * kWarp) {
     T values[kUnroll];
@@ -64,12 +64,11 @@ TORCHWELD_INLINE void sum_piece(const T* x, int64_t size, double& squares, int64
 }
 
 __global__ void __launch_bounds__(kSumWarps* kWarp) sum_squares(SumParams params) {
-  const int64_t place = blockIdx.x * static_cast<int64_t>(kSumWarps) + threadIdx.x / kWarp;
-  if (place >= params.count) return;
-  const Chunk piece = params.pieces[place];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const Chunk piece = params.pieces[blockIdx.x];
   const Values tensor = params.tensors[piece.tensor];
-  const int64_t begin = piece.number * kAdamWSumPiece;
-  const int64_t left = tensor.size - begin, size = left < kAdamWSumPiece ? left : kAdamWSumPiece;
+  const int64_t begin = piece.number * kAdamWSumPiece + warp * kAdamWSumPart;
+  const int64_t left = tensor.size - begin, size = left < kAdamWSumPart ? left : kAdamWSumPart;
   double squares = 0;
   int64_t nonfinite = 0;
   if (tensor.dtype == DType::float32) {
@@ -81,36 +80,46 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) sum_squares(SumParams params
   } else {
     sum_piece(static_cast<const Float16*>(tensor.data) + begin, size, squares, nonfinite);
   }
-  double total = 0;
-  int64_t count = 0;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    total += __shfl_sync(0xffffffffu, squares, lane);
-    count += __shfl_sync(0xffffffffu, nonfinite, lane);
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    squares += __shfl_xor_sync(0xffffffffu, squares, lanes);
+    nonfinite += __shfl_xor_sync(0xffffffffu, nonfinite, lanes);
   }
+  __shared__ double part_squares[kSumWarps];
+  __shared__ int64_t part_nonfinite[kSumWarps];
   if (threadIdx.x % kWarp == 0) {
-    params.squares[place] = total;
-    params.nonfinite[place] = count;
+    part_squares[warp] = squares;
+    part_nonfinite[warp] = nonfinite;
   }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int part = 1; part < kSumWarps; ++part) {
+    squares += part_squares[part];
+    nonfinite += part_nonfinite[part];
+  }
+  params.squares[blockIdx.x] = squares;
+  params.nonfinite[blockIdx.x] = nonfinite;
 }
 
-constexpr int kTotalThreads = 512;
+constexpr int kTotalThreads = static_cast<int>(kAdamWSumLanes);
 
-// Added one after the other, as on the CPU, by one thread; the others bring them to it.
+// Values that lie `stride` apart, added up as adamw_total() does; for all threads of a block.
 template <class T>
-TORCHWELD_INLINE T total_of(const T* values, int64_t count) {
-  __shared__ T tile[kTotalThreads];
-  T total = 0;
-  for (int64_t begin = 0; begin < count; begin += kTotalThreads) {
-    const int64_t i = begin + threadIdx.x;
-    tile[threadIdx.x] = i < count ? values[i] : T{};
+TORCHWELD_INLINE T total_of(const T* values, int64_t count, int64_t stride = 1) {
+  __shared__ T lanes[kTotalThreads];
+  const int lane = static_cast<int>(threadIdx.x);
+  T sum = 0;
+#pragma unroll 8
+  for (int64_t i = lane; i < count; i += kTotalThreads) sum += values[i * stride];
+  lanes[lane] = sum;
+  for (int n = kTotalThreads / 2; n > 0; n /= 2) {
     __syncthreads();
-    if (threadIdx.x == 0) {
-#pragma unroll 16
-      for (int k = 0; k < kTotalThreads; ++k) total += tile[k];
-    }
-    __syncthreads();
+    if (lane < n) lanes[lane] += lanes[lane + n];
   }
-  return total;  // of thread 0
+  __syncthreads();
+  const T total = lanes[0];
+  __syncthreads();
+  return total;
 }
 
 __global__ void __launch_bounds__(kTotalThreads) add_totals(TotalParams params) {
@@ -125,38 +134,46 @@ TORCHWELD_INLINE double scalar(const void* data, DType dtype) {
 }
 
 TORCHWELD_INLINE bool is_finite(double x) { return x - x == 0; }
+TORCHWELD_INLINE double nan() { return __longlong_as_double(0x7ff8000000000000LL); }
 
 // What all tensors share.
 struct Decision {
   double grad_scale;
-  int32_t skipped;
+  bool skipped;
 };
 
-// The same decisions in the same arithmetic as ops/cpu/adamw.cpp.
-TORCHWELD_INLINE Decision decide(const AdamWPrepareParams& params, double squares,
-                                 int64_t nonfinite) {
+// By all threads, the same decisions in the same arithmetic as ops/cpu/adamw.cpp.
+TORCHWELD_INLINE Decision decide(const AdamWPrepareParams& params) {
   const bool unscales = params.loss_scale != nullptr;
   const double unscale = unscales ? 1 / scalar(params.loss_scale, params.loss_scale_dtype) : 1.0;
   const double factor = params.grad_scale != nullptr ? *params.grad_scale : 1.0;
   const bool elsewhere = params.sum_of_squares != nullptr;
   const bool has_norm = elsewhere || params.squares != nullptr;
-  double norm = __longlong_as_double(0x7ff8000000000000LL), clip = 1;
-  int32_t skipped = 0;
+  double norm = nan(), clip = 1;
+  int64_t nonfinite = 0;
+  bool skipped = false;
   if (has_norm) {
-    norm = ::sqrt(elsewhere ? *params.sum_of_squares : squares) * unscale;
+    const double squares =
+        elsewhere ? *params.sum_of_squares : total_of(params.squares, params.pieces);
+    norm = ::sqrt(squares) * unscale;
     if (params.max_grad_norm >= 0) {
       clip = params.max_grad_norm / (norm + 1e-6);
       if (clip > 1) clip = 1;  // NaN stays
     }
-    // The squares of float64 may overflow where no gradient does.
-    const bool may_skip = unscales || params.skip_nonfinite;
-    skipped = may_skip && !is_finite(norm) && (nonfinite > 0 || elsewhere);
+    if ((unscales || params.skip_nonfinite) && !is_finite(norm)) {
+      // The squares of float64 may overflow where no gradient does.
+      nonfinite = total_of(params.nonfinite, params.pieces);
+      skipped = nonfinite > 0 || elsewhere;
+    }
   }
-  params.report[0] = norm;
-  params.report[1] = skipped;
-  params.report[2] = skipped ? __longlong_as_double(0x7ff8000000000000LL) : 0;
-  params.report[3] = 0;
-  params.report[4] = skipped ? static_cast<double>(nonfinite) : 0;
+  if (threadIdx.x == 0) {
+    *params.skipped = skipped;
+    params.report[0] = norm;
+    params.report[1] = skipped;
+    params.report[2] = skipped ? nan() : 0;
+    params.report[3] = 0;
+    params.report[4] = skipped ? static_cast<double>(nonfinite) : 0;
+  }
   return {unscale * clip * factor, skipped};
 }
 
@@ -172,36 +189,37 @@ TORCHWELD_INLINE AdamWScalars scalars_of(const AdamWGroup& group, double step, d
 }
 
 __global__ void __launch_bounds__(kTotalThreads) prepare(AdamWPrepareParams params) {
-  __shared__ Decision shared;
-  const double squares = total_of(params.squares, params.pieces);
-  const int64_t nonfinite = total_of(params.nonfinite, params.pieces);
-  if (threadIdx.x == 0) {
-    shared = decide(params, squares, nonfinite);
-    *params.skipped = shared.skipped;
-  }
-  __syncthreads();
-  if (shared.skipped != 0) return;
+  const Decision decision = decide(params);
+  if (decision.skipped) return;
   for (int64_t t = threadIdx.x; t < params.count; t += kTotalThreads) {
-    if (params.grads[t].size < 0) continue;
     const AdamWTensor& tensor = params.tensors[t];
     const double step = *tensor.step_count + 1.0;
-    AdamWScalars scalars = scalars_of(params.groups[tensor.group], step, shared.grad_scale);
+    AdamWScalars scalars = scalars_of(params.groups[tensor.group], step, decision.grad_scale);
     scalars.key = adamw_key(params.seed, static_cast<uint64_t>(step), tensor.id);
     params.scalars[t] = scalars;
-    *tensor.step_count += 1;
   }
+  // Parameters may share a count: it is the same for all of them, and each adds to it.
+  __syncthreads();
+  for (int64_t t = threadIdx.x; t < params.count; t += kTotalThreads) {
+    atomicAdd(params.tensors[t].step_count, 1.0f);  // exact, so in any order
+  }
+}
+
+__global__ void __launch_bounds__(kTotalThreads) report_statistics(AdamWReportParams params) {
+  if (*params.skipped != 0) return;
+  constexpr int64_t kStride = sizeof(AdamWStatistics) / 8;
+  const AdamWStatistics* const first = params.statistics;
+  const double squares = total_of(&first->update_squares, params.count, kStride);
+  const int64_t lost = total_of(&first->lost, params.count, kStride);
+  const int64_t nonfinite = total_of(&first->nonfinite, params.count, kStride);
+  if (threadIdx.x != 0) return;
+  const int64_t elements = params.elements > 0 ? params.elements : 1;
+  params.report[2] = ::sqrt(squares);
+  params.report[3] = static_cast<double>(lost) / static_cast<double>(elements);
+  params.report[4] = static_cast<double>(nonfinite);
 }
 
 }  // namespace
-
-int64_t adamw_chunk_size(int64_t elements, int multiprocessors) {
-  // Eight blocks of threads are at work on a multiprocessor at a time, and several rounds of them
-  // even out that the last one is not full.
-  constexpr int64_t kBlocks = 8 * 4, kLeast = 1 << 11, kMost = 1 << 15;
-  int64_t size = kLeast;
-  while (size < kMost && elements / (2 * size) >= kBlocks * multiprocessors) size *= 2;
-  return size;
-}
 
 cudaError_t launch_write(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   auto* words = static_cast<uint64_t*>(to);
@@ -220,8 +238,7 @@ cudaError_t launch_chunks(const ChunkRun* runs, int64_t count, Chunk* chunks, cu
 }
 
 cudaError_t launch_sum_of_squares(const SumParams& params, cudaStream_t stream) {
-  return launch(sum_squares, (params.count + kSumWarps - 1) / kSumWarps, kSumWarps * kWarp, stream,
-                params);
+  return launch(sum_squares, params.count, kSumWarps * kWarp, stream, params);
 }
 
 cudaError_t launch_total(const TotalParams& params, cudaStream_t stream) {
@@ -230,6 +247,10 @@ cudaError_t launch_total(const TotalParams& params, cudaStream_t stream) {
 
 cudaError_t launch_adamw_prepare(const AdamWPrepareParams& params, cudaStream_t stream) {
   return launch(prepare, 1, kTotalThreads, stream, params);
+}
+
+cudaError_t launch_adamw_report(const AdamWReportParams& params, cudaStream_t stream) {
+  return launch(report_statistics, 1, kTotalThreads, stream, params);
 }
 
 }  // namespace torchweld::kernels::cuda

@@ -15,14 +15,6 @@ double scalar(const Tensor& tensor) {
                                                     : *tensor.const_data_ptr<float>();
 }
 
-void check_scalar(const char* op, const char* argument, const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  TORCHWELD_CHECK(tensor.numel() == 1 && tensor.is_cpu() &&
-                      (type == ScalarType::Double || type == ScalarType::Float),
-                  op, argument, "a float64 or float32 scalar",
-                  dtype_name(type) << " of shape " << shape_string(tensor));
-}
-
 Tensor vector_of(std::initializer_list<double> values) {
   Tensor result = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Double);
   std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
@@ -35,27 +27,12 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
                  std::optional<Tensor> grad_scale) {
   constexpr const char* op = "adamw_step_";
   check_lengths(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
-  if (grad_scale) {
-    TORCHWELD_CHECK(grad_scale->numel() == 1 && grad_scale->scalar_type() == ScalarType::Double, op,
-                    "grad_scale", "a float64 scalar",
-                    dtype_name(grad_scale->scalar_type())
-                        << " of shape " << shape_string(*grad_scale));
-  }
+  if (params.empty()) return;
+  if (grad_scale) check_scalar(op, "grad_scale", *grad_scale, params[0], ScalarType::Double);
   AdamWPlan plan;
+  plan_lists(plan, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps);
   std::vector<AtenTensorHandle> handles;
-  for (size_t k = 0; k < params.size(); ++k) {
-    AdamWEntry& entry = plan.entries.emplace_back();
-    const auto place = [&](AdamWRole role, const Tensor& tensor) {
-      entry.tensors[role] = static_cast<int64_t>(plan.tensors.size());
-      plan.tensors.push_back(tensor);
-    };
-    place(kParam, params[k]);
-    place(kStep, state_steps[k]);
-    place(kExpAvg, exp_avgs[k]);
-    place(kExpAvgSq, exp_avg_sqs[k]);
-    if (amsgrad) place(kMaxExpAvgSq, max_exp_avg_sqs[k]);
-    handles.push_back(grads[k].get());
-  }
+  for (const Tensor& grad : grads) handles.push_back(grad.get());
   NoGradGuard no_grad;
   AdamWRun(op, plan, handles, {})
       .step({{lr, beta1, beta2, eps, weight_decay, maximize}},
@@ -74,29 +51,19 @@ Tensor adamw_plan(TensorList tensors, Tensor places) {
   return to_tensor(std::make_unique<AdamWPlan>(std::move(tensors), places));
 }
 
-std::vector<AdamWHyper> groups_of(const std::vector<double>& values) {
-  constexpr size_t kValues = 6;
-  std::vector<AdamWHyper> groups;
-  for (size_t i = 0; i + kValues <= values.size(); i += kValues) {
-    const double* v = &values[i];
-    groups.push_back({v[0], v[1], v[2], v[3], v[4], v[5] != 0});
-  }
-  return groups;
-}
-
 Tensor adamw_run(Tensor plan_bytes, const Handles& grads, IntList which, std::vector<double> hyper,
-                 std::optional<double> max_grad_norm, std::optional<Tensor> loss_scale,
-                 std::optional<Tensor> sum_of_squares, bool skip_nonfinite, int64_t seed,
-                 bool statistics, double average_weight) {
+                 TensorList lrs, std::optional<double> max_grad_norm,
+                 std::optional<Tensor> loss_scale, std::optional<Tensor> sum_of_squares,
+                 bool skip_nonfinite, int64_t seed, bool statistics, double average_weight) {
   constexpr const char* op = "_adamw_run";
   AdamWPlan& plan = to_plan(plan_bytes);
-  const std::vector<AdamWHyper> groups = groups_of(hyper);
-  for (const AdamWEntry& entry : plan.entries) {
-    TORCHWELD_CHECK(entry.group >= 0 && entry.group < static_cast<int64_t>(groups.size()), op,
-                    "hyper", "values for each group", groups.size() << " groups");
+  std::vector<AdamWHyper> groups = groups_of(op, plan, hyper, lrs);
+  for (AdamWHyper& group : groups) {
+    if (group.lr_tensor) group.lr = scalar(*group.lr_tensor);
   }
-  if (loss_scale) check_scalar(op, "loss_scale", *loss_scale);
-  if (sum_of_squares) check_scalar(op, "sum_of_squares", *sum_of_squares);
+  if (loss_scale) check_scalar(op, "loss_scale", *loss_scale, plan.tensors.at(0));
+  if (sum_of_squares)
+    check_scalar(op, "sum_of_squares", *sum_of_squares, plan.tensors.at(0), ScalarType::Double);
 
   NoGradGuard no_grad;
   AdamWRun run(op, plan, grads.get(), which);
@@ -132,21 +99,6 @@ Tensor adamw_sum_of_squares(TensorList grads) {
   return vector_of({sum_of_squares(grads)});
 }
 
-// Blocks of kAdamWBlock in the order of memory.
-void check_blocks(const char* op, const Tensor& values, const Tensor& codes, const Tensor& scales) {
-  const int64_t size = values.numel();
-  TORCHWELD_CHECK(values.scalar_type() == ScalarType::Float && is_dense(values), op, "values",
-                  "float32 without gaps", dtype_name(values.scalar_type()));
-  TORCHWELD_CHECK(codes.scalar_type() == ScalarType::Byte && codes.numel() == size &&
-                      codes.dim() == values.dim() && same_layout(codes, values),
-                  op, "codes", "uint8 that lies as values",
-                  dtype_name(codes.scalar_type()) << " of shape " << shape_string(codes));
-  TORCHWELD_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() &&
-                      scales.numel() == (size + kernels::kAdamWBlock - 1) / kernels::kAdamWBlock,
-                  op, "scales", "float32, one per " << kernels::kAdamWBlock << " values",
-                  shape_string(scales));
-}
-
 void adamw_encode(Tensor values, bool is_signed, Tensor codes, Tensor scales) {
   check_blocks("_adamw_encode", values, codes, scales);
   const kernels::AdamWKernels& k = *cpu_kernels().adamw;
@@ -165,10 +117,14 @@ void adamw_decode(Tensor codes, Tensor scales, bool is_signed, Tensor values) {
 
 }  // namespace
 
+// A plan only holds what it is given, wherever that lies.
+STABLE_TORCH_LIBRARY_IMPL(torchweld, CompositeExplicitAutograd, m) {
+  m.impl("_adamw_plan", TORCH_BOX(&adamw_plan));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {
   m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
   m.impl("grad_norm", TORCH_BOX(&grad_norm));
-  m.impl("_adamw_plan", TORCH_BOX(&adamw_plan));
   m.impl("_adamw_run", TORCH_BOX(&adamw_run));
   m.impl("_adamw_sum_of_squares", TORCH_BOX(&adamw_sum_of_squares));
   m.impl("_adamw_encode", TORCH_BOX(&adamw_encode));

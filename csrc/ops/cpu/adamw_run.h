@@ -1,15 +1,9 @@
 // One AdamW step over the tensors of a plan, and the sums it needs beforehand.
 #pragma once
 
-#include "ops/adamw_plan.h"
+#include "ops/adamw_work.h"
 
 namespace torchweld::ops {
-
-// Of one group, as torch's param groups give them.
-struct AdamWHyper {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool maximize;
-};
 
 struct AdamWOptions {
   uint64_t seed = 0;
@@ -24,7 +18,6 @@ class AdamWRun {
   // empty; they outlive the run. `op`: for messages.
   AdamWRun(const char* op, AdamWPlan& plan, const std::vector<AtenTensorHandle>& grads,
            const IntList& which);
-  ~AdamWRun();
 
   // Over all gradients, in an order fixed by their sizes.
   double sum_of_squares();
@@ -37,14 +30,11 @@ class AdamWRun {
                                 const AdamWOptions& options = {});
 
  private:
-  struct Work;
-  // Brings tensors that do not lie alike to one layout.
-  void align(Work& work, const Tensor& grad);
   // Whether two parameters do.
   bool shares_memory();
 
   AdamWPlan& plan_;
-  std::vector<Work> work_;
+  std::vector<AdamWWork> work_;
 };
 
 // Sum of squares over all tensors, in an order fixed by their sizes.

@@ -12,8 +12,8 @@ std::string version_string(int version) {  // 13020: 13.2
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Empty, or why the driver cannot run this build. A driver runs all releases of CUDA with its own
-// major number and the older ones.
+// Empty, or why the driver cannot run this build. A driver runs the machine code of all releases of
+// CUDA with its own major number and the older ones; of PTX, see CudaContext::check().
 std::string driver_problem() {
   int driver = 0, runtime = 0;
   cudaDriverGetVersion(&driver);
@@ -44,10 +44,18 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+int32_t cuda_device(const char* op, const Tensor& tensor) {
+  if (!tensor.is_cuda()) {
+    throw std::runtime_error("torchweld::" + std::string(op) +
+                             ": expected all tensors on one CUDA device, got one elsewhere");
+  }
+  return tensor.get_device_index();
+}
+
 }  // namespace
 
 CudaContext::CudaContext(const char* op, const Tensor& tensor)
-    : op_(op), guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
+    : op_(op), guard_(cuda_device(op, tensor)), device_(tensor.get_device_index()) {
   static const std::string problem = driver_problem();
   if (!problem.empty()) {
     throw std::runtime_error("torchweld::" + std::string(op) + ": " + problem);
@@ -61,11 +69,26 @@ int CudaContext::multiprocessors() const {
   return count;
 }
 
+unsigned long long CudaContext::capture() const {
+  cudaStreamCaptureStatus status;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(stream_, &status, &id));
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
 void CudaContext::check(cudaError_t error) const {
   if (error == cudaSuccess) return;
   std::ostringstream out;
   out << "torchweld::" << op_ << ": CUDA: " << cudaGetErrorString(error) << " ("
       << cudaGetErrorName(error) << ", device " << device_ << ")";
+  if (error == cudaErrorUnsupportedPtxVersion) {
+    // Of an architecture without machine code in this build: then the minor number counts too.
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    out << ". On this GPU, this build needs a driver for CUDA " << version_string(runtime)
+        << ", got one for CUDA " << version_string(driver);
+  }
   throw std::runtime_error(out.str());
 }
 

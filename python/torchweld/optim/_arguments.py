@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchweld import _library
 from torchweld.optim import _state
 
 
@@ -61,19 +62,80 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def hyperparameters(groups: list[dict[str, Any]]) -> list[float]:
+class Run(NamedTuple):
+    """What _adamw_run is given besides a plan and gradients; see csrc/ops/schema.cpp."""
+
+    hyper: list[float]
+    lrs: list[Tensor]
+    max_grad_norm: float | None
+    loss_scale: Tensor | None
+    sum_of_squares: Tensor | None
+    skip_nonfinite: bool
+    seed: int
+    statistics: bool
+    average_weight: float
+
+    def on(self, device: torch.device) -> Run:
+        """Return this with its tensors on a device. The host waits only if that is the CPU."""
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=device.type != "cpu")
+
+        scale, squares = self.loss_scale, self.sum_of_squares
+        return self._replace(
+            lrs=[lr if lr is _NO_LR else move(lr) for lr in self.lrs],
+            loss_scale=None if scale is None else move(scale),
+            sum_of_squares=None if squares is None else move(squares),
+        )
+
+
+_NO_LR = torch.empty(0, device="cpu")
+
+
+def hyperparameters(groups: list[dict[str, Any]]) -> tuple[list[float], list[Tensor]]:
+    """Return the numbers of all groups, and the learning rates that a device holds.
+
+    Those are not read here, where one would have to wait for them.
+    """
     values: list[float] = []
+    lrs: list[Tensor] = []
     for group in groups:
         beta1, beta2 = group["betas"]
+        lr = group["lr"]
+        lrs.append(_NO_LR)
+        if isinstance(lr, Tensor) and not lr.is_cpu:
+            exact = lr.dtype in (torch.float32, torch.float64)
+            lrs[-1], lr = lr if exact else lr.double(), 0.0
         values += (
-            float(group["lr"]),
+            float(lr),
             float(beta1),
             float(beta2),
             group["eps"],
             group["weight_decay"],
             group["maximize"],
         )
-    return values
+    return values, [] if all(lr is _NO_LR for lr in lrs) else lrs
+
+
+def check_device(device: torch.device) -> None:
+    if device.type == "cuda" and _library.cuda_status != "loaded":
+        raise NotImplementedError(
+            f"torchweld.optim.AdamW: got a parameter on {device}, and torchweld's CUDA library is "
+            f"not there: {_library.cuda_status}"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            "torchweld.optim.AdamW runs on the CPU and on CUDA and not on other devices yet, "
+            f"got a parameter on {device}"
+        )
+
+
+def refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "torchweld.optim.AdamW: this step makes states, and a CUDA graph would make them anew "
+            "in every replay; do one step like it before the capture"
+        )
 
 
 def refuse_sparse(grad: Tensor) -> None:

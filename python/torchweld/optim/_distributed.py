@@ -24,6 +24,11 @@ def local(tensor: Tensor) -> Tensor:
     return cast("DTensor", tensor)._local_tensor if is_dtensor(tensor) else tensor
 
 
+def device(tensor: Tensor) -> torch.device:
+    """Return where this process holds a tensor."""
+    return local(tensor).device
+
+
 def local_grad(param: Tensor, grad: Tensor) -> Tensor:
     """Return this process's part of a gradient, laid out as the parameter is."""
     if not is_dtensor(grad):

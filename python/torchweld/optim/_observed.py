@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchweld.optim import _state
+from torchweld.optim import _arguments, _distributed, _state
 
 if TYPE_CHECKING:
     from torchweld.optim._plan import Plan
@@ -152,12 +152,14 @@ class Observed:
         if self._average is None:
             state.pop("average", None)  # it would not have seen this step
         elif "average" not in state:
+            _arguments.refuse_capture(_distributed.device(param))
             state["average"] = _copy(param, _state.average_dtype(param))
 
     def _shadow_of(self, param: Tensor) -> Tensor | None:
         if self._shadows is None or param.is_complex():
             return None
         if param not in self._shadows:
+            _arguments.refuse_capture(_distributed.device(param))
             self._shadows[param] = _copy(param, torch.bfloat16)
         return self._shadows[param]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ _ROLES = (
 
 
 class Plan:
-    """Parameters that have states, and the operator's handle on both.
+    """Parameters that have states, and the operator's handles on both, one for each device.
 
-    The handle keeps tensors and not pointers, so it sees `p.data = x`; that they are the same
+    A handle keeps tensors and not pointers, so it sees `p.data = x`; that they are the same
     tensors is checked here before every step, by identity, which is what is cheap.
     """
 
@@ -44,9 +44,9 @@ class Plan:
         self._all = [[*group["params"]] for group in groups]
         self._dtypes = _dtypes(self._all)
         self._amsgrad = [group["amsgrad"] for group in groups]
-        self._tensors: list[Tensor] = []
         self._sharded: list[Tensor] = []
-        rows: list[list[int]] = []
+        self._on: dict[torch.device, _OnDevice] = {}
+        self._places: list[int] = []  # of parameters, among those on their devices
         ids = optimizer._ids()
         for k, group in enumerate(groups):
             for param in group["params"]:
@@ -54,8 +54,11 @@ class Plan:
                 if state is None:
                     self._idle.append(param)
                 else:
-                    row = self._row(optimizer, param, state, group["amsgrad"])
-                    rows.append([k, ids[param], *row])
+                    device = _distributed.device(param)
+                    part = self._on.setdefault(device, _OnDevice())
+                    row = self._row(part, optimizer, param, state, group["amsgrad"])
+                    self._places.append(len(part.rows))
+                    part.rows.append([k, ids[param], *row])
                     self.params.append(param)
         self.is_sharded = bool(self._sharded)
         self._local_parts = [_distributed.local(x) for x in self._sharded]
@@ -64,9 +67,8 @@ class Plan:
         self._states = [
             dict(state) if isinstance(state, dict) else state for state in optimizer.state.values()
         ]
-        self._check_devices()
-        places = torch.tensor(rows, dtype=torch.int64)
-        self._handle = torch.ops.torchweld._adamw_plan(self._tensors, places) if rows else None
+        for device, part in self._on.items():
+            part.finish(device)
         self._run = torch.ops.torchweld._adamw_run.default
 
     def is_current(self, optimizer: AdamW) -> bool:
@@ -99,89 +101,120 @@ class Plan:
         return grads, which
 
     def sum_of_squares(self, grads: Sequence[Tensor], which: Sequence[int]) -> Tensor | None:
-        """Return that of all processes' gradients; None if this one has them whole.
+        """Return that of all processes' and devices' gradients; None if one has them whole.
 
         Raises:
             RuntimeError: here or in a process with other shards of the same parameters: all of
                 those raise then, and none waits for another.
         """
-        if not self.is_sharded:
+        if not self.is_sharded and len(self._on) == 1:
             return None
         parts = self._parts(grads, which)
-        sums = {reduction: torch.zeros(1, dtype=torch.float64) for reduction in parts}
+        sums = {part: torch.zeros(1, dtype=torch.float64, device=part.device) for part in parts}
         failure = None
         try:
-            for reduction, (part, _) in parts.items():
-                sums[reduction] = torch.ops.torchweld._adamw_sum_of_squares(part)
+            for part, (part_grads, _) in parts.items():
+                sums[part] = torch.ops.torchweld._adamw_sum_of_squares(part_grads)
         except RuntimeError as error:
             failure = error
-        failed = torch.full((1,), failure is not None, dtype=torch.float64)
-        total = torch.zeros(2, dtype=torch.float64)
-        for reduction, squares in sums.items():
-            total += _distributed.reduce_sum(torch.cat([squares, failed]), reduction)
+        total = torch.zeros(2, dtype=torch.float64, device=next(iter(parts)).device)
+        for part, squares in sums.items():
+            both = torch.cat([squares, torch.full_like(squares, failure is not None)])
+            total += _distributed.reduce_sum(both, part.reduction).to(total.device)
         if failure is not None:
             raise failure
+        if not total.is_cpu:  # to ask is to wait; who failed has said so, and ends the others
+            return torch.where(total[1] == 0, total[0], torch.nan)
         if total[1] != 0:
             raise RuntimeError(
                 "torchweld.optim.AdamW: another process could not take the norm of its gradients"
             )
         return total[0]
 
-    def run(self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any) -> Tensor:
-        """Do one step; see _adamw_run in csrc/ops/schema.cpp."""
-        report: Tensor = self._run(self._handle, grads, which, *arguments)
+    def run(
+        self, grads: Sequence[Tensor], which: Sequence[int], arguments: _arguments.Run
+    ) -> Tensor:
+        """Do one step; return its report, with the statistics of all processes' parameters."""
+        if len(self._on) > 1 or (self.is_sharded and arguments.statistics):
+            return self._run_in_parts(grads, which, arguments)
+        (device,) = self._on
+        report = self._run_on(device, grads, which, arguments.on(device))
+        self._count_writes(which)
+        return report
+
+    def _run_on(
+        self,
+        device: torch.device,
+        grads: Sequence[Tensor],
+        which: Sequence[int],
+        arguments: _arguments.Run,
+    ) -> Tensor:
+        places = which if len(self._on) == 1 else [self._places[i] for i in which]
+        report: Tensor = self._run(self._on[device].handle, grads, places, *arguments)
+        return report
+
+    def _count_writes(self, which: Sequence[int]) -> None:
         # So that a backward through a graph that saved them before the step is an error and not a
         # wrong number.
         params = [self.params[i] for i in which] if which else self.params
         torch.autograd.graph.increment_version(params)
-        return report
 
-    def run_in_parts(
-        self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any
+    def _run_in_parts(
+        self, grads: Sequence[Tensor], which: Sequence[int], arguments: _arguments.Run
     ) -> Tensor:
-        """Do one step, and return the statistics of all processes' parameters.
+        """Do one step on each device.
 
         What is sharded alike goes together, since its sums are reduced together. A process whose
         step raises takes part in the sums all the same: the others wait for it there.
         """
         parts = self._parts(grads, which)
-        sums = {reduction: torch.full((4,), torch.nan, dtype=torch.float64) for reduction in parts}
+        first = next(iter(parts)).device
+        sums = {
+            part: torch.full((4,), torch.nan, dtype=torch.float64, device=part.device)
+            for part in parts
+        }
+        reports = []
         try:
             if len(parts) > 1:
-                self._check(grads, which, *arguments)
-            for reduction, (part, places) in parts.items():
-                seen = Report.of(self.run(part, places, *arguments))
-                size = torch.tensor(sum(grad.numel() for grad in part), dtype=torch.float64)
+                self._check(parts, arguments)
+            for part, (part_grads, places) in parts.items():
+                device = part.device
+                report = self._run_on(device, part_grads, places, arguments.on(device))
+                self._count_writes(places)
+                reports.append(Report.of(report))
+                seen = reports[-1]
+                size = torch.full_like(seen.lost, sum(grad.numel() for grad in part_grads))
                 values = (seen.update_norm.square(), seen.lost * size, seen.nonfinite, size)
-                sums[reduction] = torch.stack(values)
+                sums[part] = torch.stack(values)
         finally:
-            total = torch.zeros(4, dtype=torch.float64)
-            for reduction, values_of_part in sums.items():
-                total += _distributed.reduce_sum(values_of_part, reduction)
+            total = torch.zeros(4, dtype=torch.float64, device=first)
+            for part, values_of_part in sums.items():
+                if arguments.statistics:
+                    values_of_part = _distributed.reduce_sum(values_of_part, part.reduction)
+                total += values_of_part.to(first)
         squares, lost, nonfinite, size = total
-        return torch.stack(
-            [seen.grad_norm, seen.skipped, squares.sqrt(), lost / size.clamp(min=1), nonfinite]
-        )
+        norm, skipped, *_ = reports[0]
+        return torch.stack([norm, skipped, squares.sqrt(), lost / size.clamp(min=1), nonfinite])
 
-    def _check(self, grads: Sequence[Tensor], which: Sequence[int], *arguments: Any) -> None:
+    def _check(self, parts: _Parts, arguments: _arguments.Run) -> None:
         """Raise what the step would: run one to be skipped, which checks everything first."""
-        hyper, max_grad_norm, loss_scale, sum_of_squares, _, *rest = arguments
-        nan = torch.full_like(sum_of_squares, torch.nan)
-        self._run(self._handle, grads, which, hyper, max_grad_norm, loss_scale, nan, True, *rest)
+        for part, (grads, which) in parts.items():
+            nan = torch.full((), torch.nan, dtype=torch.float64, device=part.device)
+            skipped = arguments.on(part.device)._replace(sum_of_squares=nan, skip_nonfinite=True)
+            self._run_on(part.device, grads, which, skipped)
 
-    def _parts(
-        self, grads: Sequence[Tensor], which: Sequence[int]
-    ) -> dict[_distributed.Reduction | None, tuple[list[Tensor], list[int]]]:
-        """Return gradients, and whose they are, by what sums over them are reduced over."""
-        parts: dict[_distributed.Reduction | None, tuple[list[Tensor], list[int]]] = {}
+    def _parts(self, grads: Sequence[Tensor], which: Sequence[int]) -> _Parts:
+        """Return gradients, and whose they are, by where they are and what to reduce over."""
+        parts: _Parts = {}
         for place, grad in zip(which or range(len(self.params)), grads, strict=True):
-            part, places = parts.setdefault(self._reductions[place], ([], []))
-            part.append(grad)
+            part = _Part(_distributed.device(self.params[place]), self._reductions[place])
+            part_grads, places = parts.setdefault(part, ([], []))
+            part_grads.append(grad)
             places.append(place)
         return parts
 
     def _row(
-        self, optimizer: AdamW, param: Tensor, state: _state.State, amsgrad: bool
+        self, part: _OnDevice, optimizer: AdamW, param: Tensor, state: _state.State, amsgrad: bool
     ) -> list[int]:
         """Return the format, the place and the tensors of a parameter, as the operator has them."""
         unused = {"max_exp_avg_sq": not amsgrad, "average": optimizer._average is None}
@@ -194,29 +227,45 @@ class Plan:
         place = _distributed.place(param)
         if form.state == _state.INT8:
             place = _distributed.Place(place.offset)  # blocks are not cut into rows
-        return [*form, *place, *map(self._add, values)]
+        self._sharded += [x for x in values if x is not None and _distributed.is_dtensor(x)]
+        return [*form, *place, *map(part.add, values)]
 
-    def _add(self, tensor: Tensor | None) -> int:
+
+class _OnDevice:
+    """What the operator knows of the parameters of one device."""
+
+    handle: Tensor
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self._tensors: list[Tensor] = []
+
+    def add(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return -1
-        if _distributed.is_dtensor(tensor):
-            self._sharded.append(tensor)
         self._tensors.append(_distributed.local(tensor))
         return len(self._tensors) - 1
 
-    def _check_devices(self) -> None:
-        for param in self.params:
-            if not param.is_cpu:
-                raise NotImplementedError(
-                    "torchweld.optim.AdamW runs on the CPU and not on other devices yet, "
-                    f"got a parameter on {param.device}"
-                )
+    def finish(self, device: torch.device) -> None:
+        _arguments.check_device(device)
         for tensor in self._tensors:
-            if not tensor.is_cpu:
+            if tensor.device != device:
                 raise RuntimeError(
                     "Expected all tensors to be on the same device, but found at least two "
-                    f"devices, cpu and {tensor.device}!"
+                    f"devices, {device} and {tensor.device}!"
                 )
+        places = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
+        self.handle = torch.ops.torchweld._adamw_plan(self._tensors, places)
+
+
+class _Part(NamedTuple):
+    """What gradients have in common that are summed up together."""
+
+    device: torch.device
+    reduction: _distributed.Reduction | None
+
+
+_Parts = dict[_Part, tuple[list[Tensor], list[int]]]
 
 
 def _dtypes(groups: Iterable[Iterable[Tensor]]) -> list[torch.dtype]:

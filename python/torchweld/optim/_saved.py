@@ -107,7 +107,7 @@ class Saved(torch.optim.AdamW):
                     values[name] = value.tensor
             if isinstance(values.get("step"), Tensor):
                 # torch keeps it in float64 where that is the default dtype, and on the GPU.
-                device = _distributed.local(param).device
+                device = _distributed.device(param)
                 values["step"] = values["step"].to(device, torch.float32)
             self.state[param] = _state.adapt(values, param, self._format.of(param))
 

@@ -60,9 +60,7 @@ def average_dtype(param: Tensor) -> torch.dtype:
 
 def create(param: Tensor, form: Format, amsgrad: bool) -> State:
     """Return the state of a parameter before its first step."""
-    state: State = {
-        "step": torch.zeros((), dtype=torch.float32, device=_distributed.local(param).device)
-    }
+    state: State = {"step": torch.zeros((), dtype=torch.float32, device=_distributed.device(param))}
     complete(state, param, form, amsgrad)
     return state
 

@@ -32,8 +32,9 @@ class AdamW(Observed, Saved):
         p &\leftarrow p - \frac{\text{lr}}{1 - \beta_1^t} \cdot
             \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \text{eps}}
 
-    Parameters are float32, float64, bfloat16, float16, complex64 or complex128 tensors on the CPU,
-    of any strides, or DTensors of such. The gradients are read and never written.
+    Parameters are float32, float64, bfloat16, float16, complex64 or complex128 tensors of any
+    strides, on the CPU or, where :func:`torchweld.info` says that the CUDA library is loaded, on
+    GPUs, or DTensors of such. The gradients are read and never written.
 
     The states have the dtype of their parameters, unless ``state_dtype`` says otherwise:
     ``torch.bfloat16``, or ``"int8"``: a byte for each moment and one float32 scale for every 256
@@ -55,7 +56,7 @@ class AdamW(Observed, Saved):
 
     Args:
         params: parameters, named parameters or dicts of param groups, as torch takes them.
-        lr: learning rate, a float or a tensor of one element on the CPU.
+        lr: learning rate, a float or a tensor of one element; one on a GPU is read there.
         betas: decay of the moments :math:`m` and :math:`v`: two floats or two tensors.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
@@ -74,7 +75,8 @@ class AdamW(Observed, Saved):
         seed: of the random bits, which depend on it, on the step, on the number of the parameter
             and on the place of the element in it, and on nothing else: not on threads, instruction
             set, rank or sharding. Processes that are to stay equal must have equal seeds.
-        capturable: accepted and written into the param groups; without effect on the CPU.
+        capturable: accepted and written into the param groups; a step on a GPU can be captured
+            with it and without.
         fused: None or True, this optimizer is always fused.
         foreach: None or False.
         differentiable: False; a fused step cannot be differentiated.
@@ -88,15 +90,27 @@ class AdamW(Observed, Saved):
             ``fused=False``, ``foreach=True`` or ``differentiable=True`` is asked for;
             ``max_grad_norm`` inside a ``ZeroRedundancyOptimizer``, where no process sees all
             gradients.
-        NotImplementedError: in :meth:`step`, a parameter is not on the CPU.
-        RuntimeError: in :meth:`step`, a gradient is sparse, or a state does not fit its parameter;
-            nothing has been written then.
+        NotImplementedError: in :meth:`step`, a parameter is neither on the CPU nor on a GPU that
+            torchweld is built for.
+        RuntimeError: in :meth:`step`, a gradient is sparse, or a state does not fit its parameter
+            or is on another device; or a step that would make states is captured in a CUDA graph.
+            Nothing has been written then.
 
     Note:
         16-bit parameters are updated in float32 and each result is rounded once, when it is
         stored; the norm is accumulated in float64. The results are the same bits for any number
         of threads and on every instruction set; with none of the arguments above, and without
         clipping, they are, on x86, those of ``torch.optim.AdamW(fused=True)``.
+
+        On a GPU results have the bits of the CPU's, unless a value is NaN or the device's ``pow``
+        rounds a bias correction to another float32; of the statistics, ``update_norm`` is added up
+        in another order. A step there is two kernels, three with a norm, and one more for each
+        further dtype and where gradients have moved; the host waits for nothing (but reads
+        ``betas`` that are tensors). It may be captured in a CUDA graph once states have been made:
+        each replay counts, clips, skips and draws random bits as a step of its own; what is a
+        number in the param groups stays as captured, a learning rate in a tensor is read anew.
+        Parameters may be on several devices, with one norm over all. Compiled and run on an
+        emulator, the CUDA half has not yet run on a GPU.
 
         DTensors are stepped where they are. Their float states are DTensors placed alike, the norm
         is reduced over the mesh, the random bits are those of the unsharded parameter. 8-bit states
@@ -277,10 +291,10 @@ class AdamW(Observed, Saved):
                 _arguments.refuse_sparse(grad)
             raise
         self._has_statistics = self._statistics
-        if may_skip:
+        if may_skip and grads:
             skipped = Report.of(self._report).skipped
-            self._skipped = self._skipped + skipped
-            if scaled and grads:
+            self._count_skipped(skipped)
+            if scaled:
                 self._found_inf = skipped.float()
         if torch.__future__.get_swap_module_params_on_conversion():
             self._plan = None  # torch swaps only tensors that nobody else holds
@@ -288,12 +302,9 @@ class AdamW(Observed, Saved):
 
     def _run(self, plan: Plan, grads: list[Tensor], which: list[int]) -> Tensor:
         if not grads:
-            return torch.zeros(len(Report._fields), dtype=torch.float64)
-        run = plan.run_in_parts if self._statistics and plan.is_sharded else plan.run
-        return run(
-            grads,
-            which,
-            _arguments.hyperparameters(self.param_groups),
+            return torch.zeros(len(Report._fields), dtype=torch.float64, device="cpu")
+        arguments = _arguments.Run(
+            *_arguments.hyperparameters(self.param_groups),
             self.max_grad_norm,
             self._loss_scale,
             plan.sum_of_squares(grads, which) if self._has_norm else None,
@@ -302,6 +313,13 @@ class AdamW(Observed, Saved):
             self._statistics,
             0.0 if self._average is None else 1 - self._average,
         )
+        return plan.run(grads, which, arguments)
+
+    def _count_skipped(self, skipped: Tensor) -> None:
+        if not isinstance(self._skipped, Tensor) or self._skipped.device != skipped.device:
+            _arguments.refuse_capture(skipped.device)
+            self._skipped = torch.full_like(skipped, float(self._skipped))
+        self._skipped += skipped  # in place, for the replays of a graph
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -328,11 +346,9 @@ class AdamW(Observed, Saved):
         if not state:
             if param.grad is None:
                 return None
-            if not param.is_cpu:
-                raise NotImplementedError(
-                    "torchweld.optim.AdamW runs on the CPU and not on other devices yet, "
-                    f"got a parameter on {param.device}"
-                )
+            device = _distributed.device(param)
+            _arguments.check_device(device)
+            _arguments.refuse_capture(device)
             state = self.state[param]
             state.update(_state.create(param, form, amsgrad))
         else:

@@ -1,0 +1,58 @@
+// What the back ends of an AdamW step are given, checked.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "ops/adamw_aligned.h"
+#include "ops/adamw_plan.h"
+
+namespace torchweld::ops {
+
+// Of one group, as torch's param groups give them.
+struct AdamWHyper {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+  std::optional<Tensor> lr_tensor = std::nullopt;  // float64 or float32, in place of lr
+};
+
+// Of all groups of a plan; see _adamw_run in schema.cpp.
+std::vector<AdamWHyper> groups_of(const char* op, const AdamWPlan& plan,
+                                  const std::vector<double>& hyper, const TensorList& lrs);
+
+// An entry of a plan in a step, between its checks and its writes.
+struct AdamWWork {
+  AdamWEntry* entry;
+  bool uniform;                      // as before
+  std::unique_ptr<Aligned> aligned;  // where tensors do not lie alike
+  kernels::AdamWSpan span;           // index 0
+
+  kernels::DType dtype() const { return entry->type.dtype; }
+  int64_t bytes() const { return span.size * static_cast<int64_t>(size_of(dtype())); }
+  float* step() const { return static_cast<float*>(entry->data[kStep]); }
+  char* average() const { return static_cast<char*>(entry->data[kAverage]); }
+  char* bfloat16_weight() const { return static_cast<char*>(entry->data[kBFloat16Weight]); }
+  bool is_observed() const { return average() != nullptr || bfloat16_weight() != nullptr; }
+
+  // From the first byte to behind the last one.
+  MemoryRange param_range() const {
+    const auto* begin = static_cast<const char*>(span.param);
+    return {begin, begin + bytes()};
+  }
+
+  // All but span.grad, which is there.
+  void fill();
+};
+
+// Checks everything. grads[k] is the gradient of entry which[k], or of entry k if `which` is empty;
+// they outlive the work. `op`: for messages.
+std::vector<AdamWWork> work_of(const char* op, AdamWPlan& plan,
+                               const std::vector<AtenTensorHandle>& grads, const IntList& which);
+
+// Adds parameters with states like them to a plan.
+void plan_lists(AdamWPlan& plan, const TensorList& params, const TensorList& exp_avgs,
+                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                const TensorList& state_steps);
+
+}  // namespace torchweld::ops
