@@ -57,9 +57,14 @@ using GemmKernel = void (*)(const GemmArguments& arguments);
 using PackKernel = void (*)(const float* weight, int64_t row, int64_t columns, int64_t depth,
                             float* packed, int64_t width);
 
+// sums[i] = the sum of parts[p * stride + i] over p < count, in double and in that order.
+using AddUpKernel = void (*)(const float* parts, int64_t count, int64_t stride, int64_t size,
+                             float* sums);
+
 struct GemmKernels {
   GemmKernel gemm;
   PackKernel pack;
+  AddUpKernel add_up;
 };
 
 }  // namespace torchweld::kernels

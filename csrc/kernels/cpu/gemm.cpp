@@ -238,9 +238,38 @@ void pack(const float* weight, int64_t row, int64_t columns, int64_t depth, floa
   }
 }
 
+// kRegisters of floats from `parts` on. The same of the next ones is fetched meanwhile: a part is
+// too short for the hardware to see where it leads.
+template <int kRegisters, class P>
+void add_up_registers(const float* parts, int64_t count, int64_t stride, float* sums, P part) {
+  VecD totals[kRegisters][2] = {};
+  for (int64_t p = 0; p < count; ++p, parts += stride) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kRegisters; ++v) {
+      __builtin_prefetch(parts + (kRegisters + v) * kLanesF);
+      VecD halves[2];
+      widen(load(parts + v * kLanesF, part), halves);
+      totals[v][0] += halves[0];
+      totals[v][1] += halves[1];
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kRegisters; ++v) store(sums + v * kLanesF, narrow(totals[v]), part);
+}
+
+void add_up(const float* parts, int64_t count, int64_t stride, int64_t size, float* sums) {
+  int64_t i = 0;
+  for (; i + 4 * kLanesF <= size; i += 4 * kLanesF) {
+    add_up_registers<4>(parts + i, count, stride, sums + i, Whole{});
+  }
+  for (; i < size; i += kLanesF) {
+    add_up_registers<1>(parts + i, count, stride, sums + i, Part{size - i});
+  }
+}
+
 }  // namespace
 
 extern const GemmKernels gemm_kernels;
-const GemmKernels gemm_kernels{.gemm = gemm, .pack = pack};
+const GemmKernels gemm_kernels{.gemm = gemm, .pack = pack, .add_up = add_up};
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

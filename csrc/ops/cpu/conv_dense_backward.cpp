@@ -21,6 +21,8 @@ constexpr int64_t kMaxPixels = 128;
 constexpr int64_t kMaxTasks = 32;
 constexpr int64_t kMinTasks = 4;
 constexpr int64_t kPartialsSize = 1 << 21;
+// Additions that are worth a thread.
+constexpr int64_t kGrain = 1 << 15;
 
 // Along one axis, the input pixels first, first + stride, ... and the kernel taps that reach them.
 // Over the output's gradient these taps, in reverse, are a convolution of stride 1.
@@ -151,25 +153,21 @@ void weight_gradient(const Plan& plan, const Windows<float>& windows, const Bloc
 // The sum of `count` partial gradients [steps][channels], transposed to [channels][steps].
 void merge(const float* partials, int64_t count, int64_t steps, int64_t channels, float* sum) {
   constexpr int64_t kRows = 16;
-  parallel_for(divide_up(steps, kRows), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kRows; i < std::min(steps, end * kRows); i += kRows) {
-      const int64_t rows = std::min(kRows, steps - i);
-      for (int64_t column = 0; column < channels; column += kPanel) {
-        const int64_t columns = std::min(kPanel, channels - column);
-        double tile[kRows][kPanel] = {};
-        for (int64_t part = 0; part < count; ++part) {
-          const float* from = partials + (part * steps + i) * channels + column;
-          for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t j = 0; j < columns; ++j) tile[r][j] += from[r * channels + j];
-          }
-        }
-        for (int64_t j = 0; j < columns; ++j) {
-          float* to = sum + (column + j) * steps + i;
-          for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<float>(tile[r][j]);
-        }
-      }
-    }
-  });
+  const auto add_up = cpu_kernels().gemm->add_up;
+  parallel_for(divide_up(steps, kRows), divide_up(kGrain, count * kRows * channels),
+               [&](int64_t begin, int64_t end) {
+                 Scratch rows(kRows * channels);
+                 for (int64_t i = begin * kRows; i < std::min(steps, end * kRows); i += kRows) {
+                   const int64_t height = std::min(kRows, steps - i);
+                   add_up(partials + i * channels, count, steps * channels, height * channels,
+                          rows.data());
+                   for (int64_t c = 0; c < channels; ++c) {
+                     for (int64_t r = 0; r < height; ++r) {
+                       sum[c * steps + i + r] = rows.data()[r * channels + c];
+                     }
+                   }
+                 }
+               });
 }
 
 // One part of the input gradient per phase, and whether there are pixels that no tap reaches.
