@@ -29,6 +29,18 @@ struct Locality {
   static constexpr int value = kLocality;
 };
 
+// Where `steps` lines to be fetched ahead begin; `other` if there are none left. The last of them may
+// lie past the end.
+inline const float* take(Ahead& ahead, int64_t steps, const float* other) {
+  if (ahead.count == 0) return other;
+  Ahead::Stretch& stretch = ahead.stretches[ahead.count - 1];
+  const float* data = stretch.data;
+  stretch.data += steps * 16;
+  stretch.size -= steps * 16;
+  if (stretch.size <= 0) --ahead.count;
+  return data;
+}
+
 // Vector v of a row of which only the last vector may be a part.
 template <int kVectors, bool kPart, class T>
 __attribute__((always_inline)) inline VecF load_column(const T* p, int v, Part last) {
@@ -91,9 +103,7 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
     }
   };
   const float* b = g.b + column;
-  // This tile's part of what to fetch ahead, a line a step.
-  const int64_t fetched = row / kRows * g.runs * g.depth * 16;
-  const float* ahead = fetched < g.ahead_size ? g.ahead + fetched : b;
+  const float* ahead = g.ahead ? take(*g.ahead, g.runs * g.depth, b) : b;
   const auto step = [&]() __attribute__((always_inline)) {
     VecF columns[kVectors];
 #pragma GCC unroll 4

@@ -126,7 +126,8 @@ template class Windows<BFloat16>;
 
 void forward_block(const Plan& plan, const Windows<float>& windows, const Block& block,
                    const float* packed, const Target<float>& target,
-                   const kernels::Epilogue& epilogue, int64_t first, int64_t last) {
+                   const kernels::Epilogue& epilogue, int64_t first, int64_t last,
+                   kernels::Ahead* ahead) {
   const ConvolutionShape& s = plan.shape();
   const int64_t runs = plan.runs(), depth = plan.depth();
   const auto gemm = cpu_kernels().gemm->gemm;
@@ -150,9 +151,12 @@ void forward_block(const Plan& plan, const Windows<float>& windows, const Block&
     g.b_row = width;
     g.c_row = target.pixel;
     g.accumulate = run > 0 || k > 0;
-    if (is_last && panel + 1 < panels_of(s.out_channels)) {
-      g.ahead = packed + (column + kPanel) * plan.steps();
-      g.ahead_size = panel_width(s.out_channels, panel + 1) * plan.steps();
+    kernels::Ahead next;
+    g.ahead = ahead;
+    if (ahead == nullptr && is_last && panel + 1 < panels_of(s.out_channels)) {
+      next.add(packed + (column + kPanel) * plan.steps(),
+               panel_width(s.out_channels, panel + 1) * plan.steps());
+      g.ahead = &next;
     }
     for (int64_t row = 0; row < block.rows; ++row) {
       for (int64_t i = 0; i < g.runs; ++i) a[i] = windows.pointers()[row * runs + run + i] + k;

@@ -113,10 +113,12 @@ struct Target {
   }
 };
 
-// Computes panels [first, last) of the block that `windows` was moved to.
+// Computes panels [first, last) of the block that `windows` was moved to. Fetches what is ahead, else
+// panel by panel the next one, which comes from memory where a batch is small.
 void forward_block(const Plan& plan, const Windows<float>& windows, const Block& block,
                    const float* packed, const Target<float>& target,
-                   const kernels::Epilogue& epilogue, int64_t first, int64_t last);
+                   const kernels::Epilogue& epilogue, int64_t first, int64_t last,
+                   kernels::Ahead* ahead = nullptr);
 void forward_block(const Plan& plan, const Windows<BFloat16>& windows, const Block& block,
                    const float* packed, const Target<BFloat16>& target,
                    const kernels::EpilogueOf<BFloat16>& epilogue, int64_t first, int64_t last);

@@ -72,7 +72,7 @@ class InputGradient {
   }
 
   // From the gradient of one image's output, or of a run of `pixels` where pixels are independent.
-  void compute(const float* gradient, int64_t pixels, float* grad_input) const {
+  void compute(const float* gradient, int64_t pixels, float* grad_input, kernels::Ahead& ahead) const {
     ConvolutionShape shape = shape_;
     if (pixels > 0) {
       shape.height = shape.out_height = 1;
@@ -87,7 +87,7 @@ class InputGradient {
       const Block block = plan.block(i);
       windows.move_to(block);
       forward_block(plan, windows, block, packed_.data(), target, {}, 0,
-                    panels_of(shape.out_channels));
+                    panels_of(shape.out_channels), &ahead);
     }
   }
 
@@ -123,7 +123,7 @@ class InputGradient {
 
 // Adds a block's part to a partial weight gradient [run][depth][out_channels], or starts it.
 void weight_gradient(const Plan& plan, const Windows<float>& windows, const Block& block,
-                     const float* gradient, float* partial, bool start) {
+                     const float* gradient, float* partial, bool start, kernels::Ahead& ahead) {
   const ConvolutionShape& s = plan.shape();
   const auto gemm = cpu_kernels().gemm->gemm;
   std::vector<const float*> a(block.rows);
@@ -135,6 +135,7 @@ void weight_gradient(const Plan& plan, const Windows<float>& windows, const Bloc
   g.a_row = 1;
   g.a_step = s.stride_width * s.channels;
   g.b_row = g.c_row = s.out_channels;
+  g.ahead = &ahead;
   for (int64_t column = 0; column < s.out_channels; column += kPanel) {
     g.columns = std::min(kPanel, s.out_channels - column);
     g.b = gradient + column;
@@ -201,11 +202,21 @@ struct Chunks {
   }
 };
 
-// Asks for the input of the block after this one: its first tile would wait for every pixel.
-void prefetch_next(const Plan& plan, const float* input, int64_t pixel, int64_t pixels) {
-  const int64_t channels = plan.shape().channels;
-  const float* next = input + (pixel + pixels) * channels;
-  for (int64_t i = 0; i < pixels * channels; i += 16) __builtin_prefetch(next + i, 0, 2);
+// Floats fetched ahead at most: what is in use must stay in the second cache level.
+constexpr int64_t kAheadSize = 1 << 16;
+
+// What the chunk from `pixel` on will read.
+kernels::Ahead reads_of(const ConvolutionShape& s, const ConvolutionBackward& pass, int64_t pixel,
+               int64_t pixels) {
+  kernels::Ahead ahead;
+  pixels = std::min(pixels, s.pixels() - pixel);
+  if (pixels <= 0) return ahead;
+  pixels = std::min(pixels, kAheadSize / (s.channels + 2 * s.out_channels));
+  for (const float* tensor : pass.reads) {
+    if (tensor) ahead.add(tensor + pixel * s.out_channels, pixels * s.out_channels);
+  }
+  if (pass.grad_weight) ahead.add(pass.input + pixel * s.channels, pixels * s.channels);
+  return ahead;
 }
 
 }  // namespace
@@ -229,19 +240,20 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
     const Block first = chunks.first_block(chunk);
     const int64_t pixel = plan.first_pixel(first), pixels = chunks.pixels(first);
     pass.grad_output(pixel, pixels, gradient);
-    if (want_weight && plan.is_matrix_product()) prefetch_next(plan, pass.input, pixel, pixels);
+    kernels::Ahead ahead;
+    if (plan.is_matrix_product()) ahead = reads_of(s, pass, pixel + pixels, pixels);
     for (int64_t i = 0; want_weight && i < chunks.blocks(); ++i) {
       const Block block = plan.block(chunk * chunks.blocks() + i);
       const int64_t before = plan.first_pixel(block) - pixel;
       windows.move_to(block);
       weight_gradient(plan, windows, block, gradient + before * s.out_channels, partial,
-                      start && i == 0);
+                      start && i == 0, ahead);
     }
     if (!want_input) return;
     float* to = pass.grad_input + (chunks.by_image ? chunk * image : pixel * s.channels);
     if (input.untouched) std::memset(to, 0, image * sizeof(float));
     for (const InputGradient& part : input.parts) {
-      part.compute(gradient, chunks.by_image ? 0 : pixels, to);
+      part.compute(gradient, chunks.by_image ? 0 : pixels, to, ahead);
     }
   };
   parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {

@@ -222,6 +222,7 @@ std::tuple<Tensor, Tensor> convolve_backward(const Normalization::Gradient& grad
                   .weight = data(w),
                   .grad_output = [&](int64_t first, int64_t count,
                                      float* rows) { gradient.rows(first, count, rows); },
+                  .reads = {data(gradient.grad_y()), data(gradient.x())},
                   .grad_input = input_grad ? grad_input.mutable_data_ptr<float>() : nullptr,
                   .grad_weight = weight_grad ? grad_weight.mutable_data_ptr<float>() : nullptr});
       return result;
