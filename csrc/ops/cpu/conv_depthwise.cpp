@@ -310,16 +310,21 @@ class Backward {
   void input_gradient(const Window& window, int64_t image, int64_t block) const {
     const int64_t begin = first_input_row(block), end = first_input_row(block + 1);
     const int64_t stride = s_.stride_height;
+    // The rows of the next block are fetched meanwhile, by each pair of phases its share.
+    const int64_t next = image * s_.height + end;
+    const int64_t rows = std::min(end - begin, s_.batch * s_.height - next);
+    const int64_t share = rows * input_row(s_) / static_cast<int64_t>(weights_.size());
+    DepthwiseAhead ahead{pass_.grad_input + next * input_row(s_), share * 4};
     for (size_t v = 0; v < vertical_.size(); ++v) {
       const int64_t start = vertical_[v].start;
       const int64_t first = begin <= start ? 0 : (begin - start + stride - 1) / stride;
       const int64_t last = end <= start ? 0 : (end - start + stride - 1) / stride;
-      if (first < last) phase_rows(window, image, v, first, last - first);
+      if (first < last) phase_rows(window, image, v, first, last - first, ahead);
     }
   }
 
-  void phase_rows(const Window& window, int64_t image, size_t v, int64_t begin,
-                  int64_t count) const {
+  void phase_rows(const Window& window, int64_t image, size_t v, int64_t begin, int64_t count,
+                  DepthwiseAhead& ahead) const {
     const Phase& vertical = vertical_[v];
     std::vector<const float*> rows(count +
                                    std::max<int64_t>(0, vertical.taps - 1) * vertical.tap_step);
@@ -349,6 +354,8 @@ class Backward {
       d.width = (s_.width - horizontal.start + s_.stride_width - 1) / s_.stride_width;
       d.output_row = s_.stride_height * input_row(s_);
       d.output_step = s_.stride_width * s_.channels;
+      d.output_ahead = ahead;
+      ahead.data = static_cast<const char*>(ahead.data) + ahead.size;
       cpu_kernels().depthwise->forward(d);
     }
   }
