@@ -26,8 +26,8 @@ struct EpilogueOf {
 };
 using Epilogue = EpilogueOf<float>;
 
-// Memory that will be read next. The products before that fetch it, a line a step, so that memory is
-// not idle while they compute.
+// Memory that will be read next. The products before that fetch it, a line a step, so that memory
+// is not idle while they compute.
 struct Ahead {
   struct Stretch {
     const float* data;

@@ -243,8 +243,8 @@ void normalize(const NormalizeArguments& a) {
   }
 }
 
-// A loop over runs sums kStrip registers of columns in registers, and coefficients stay there too: to
-// load and store all that for every run takes longer than the rest. It turns to the next columns
+// A loop over runs sums kStrip registers of columns in registers, and coefficients stay there too:
+// to load and store all that for every run takes longer than the rest. It turns to the next columns
 // after kStripRuns runs, and what it fetches ahead is in the order of memory, not in its own.
 #if defined(__AVX512F__)
 inline constexpr int kStrip = 4;

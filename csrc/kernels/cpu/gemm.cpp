@@ -29,8 +29,8 @@ struct Locality {
   static constexpr int value = kLocality;
 };
 
-// Where `steps` lines to be fetched ahead begin; `other` if there are none left. The last of them may
-// lie past the end.
+// Where `steps` lines to be fetched ahead begin; `other` if there are none left. The last of them
+// may lie past the end.
 inline const float* take(Ahead& ahead, int64_t steps, const float* other) {
   if (ahead.count == 0) return other;
   Ahead::Stretch& stretch = ahead.stretches[ahead.count - 1];

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ops/cpu/conv_dense.h"
+#include "ops/cpu/scratch.h"
 #include "ops/kernels.h"
 #include "ops/parallel.h"
 #include "ops/torch_compat.h"
@@ -72,7 +73,8 @@ class InputGradient {
   }
 
   // From the gradient of one image's output, or of a run of `pixels` where pixels are independent.
-  void compute(const float* gradient, int64_t pixels, float* grad_input, kernels::Ahead& ahead) const {
+  void compute(const float* gradient, int64_t pixels, float* grad_input,
+               kernels::Ahead& ahead) const {
     ConvolutionShape shape = shape_;
     if (pixels > 0) {
       shape.height = shape.out_height = 1;
@@ -207,7 +209,7 @@ constexpr int64_t kAheadSize = 1 << 16;
 
 // What the chunk from `pixel` on will read.
 kernels::Ahead reads_of(const ConvolutionShape& s, const ConvolutionBackward& pass, int64_t pixel,
-               int64_t pixels) {
+                        int64_t pixels) {
   kernels::Ahead ahead;
   pixels = std::min(pixels, s.pixels() - pixel);
   if (pixels <= 0) return ahead;

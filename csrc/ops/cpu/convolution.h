@@ -64,8 +64,8 @@ struct ConvolutionBackward {
   const float* weight;  // [K, R, S, C / groups]
   GradientRows grad_output;
   const float* reads[2] = {};  // tensors of the output's layout that it reads most of, or null
-  float* grad_input;   // or null
-  float* grad_weight;  // [K, R, S, C / groups], or null
+  float* grad_input;           // or null
+  float* grad_weight;          // [K, R, S, C / groups], or null
 };
 
 class ConvolutionAlgorithm {
