@@ -272,9 +272,10 @@ void add_up(const float* parts, int64_t count, int64_t stride, int64_t size, flo
   for (; i + 4 * kLanesF <= size; i += 4 * kLanesF) {
     add_up_registers<4>(parts + i, count, stride, sums + i, Whole{});
   }
-  for (; i < size; i += kLanesF) {
-    add_up_registers<1>(parts + i, count, stride, sums + i, Part{size - i});
+  for (; i + kLanesF <= size; i += kLanesF) {
+    add_up_registers<1>(parts + i, count, stride, sums + i, Whole{});
   }
+  if (i < size) add_up_registers<1>(parts + i, count, stride, sums + i, Part{size - i});
 }
 
 }  // namespace

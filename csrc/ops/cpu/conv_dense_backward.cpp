@@ -157,20 +157,19 @@ void weight_gradient(const Plan& plan, const Windows<float>& windows, const Bloc
 void merge(const float* partials, int64_t count, int64_t steps, int64_t channels, float* sum) {
   constexpr int64_t kRows = 16;
   const auto add_up = cpu_kernels().gemm->add_up;
-  parallel_for(divide_up(steps, kRows), divide_up(kGrain, count * kRows * channels),
-               [&](int64_t begin, int64_t end) {
-                 Scratch rows(kRows * channels);
-                 for (int64_t i = begin * kRows; i < std::min(steps, end * kRows); i += kRows) {
-                   const int64_t height = std::min(kRows, steps - i);
-                   add_up(partials + i * channels, count, steps * channels, height * channels,
-                          rows.data());
-                   for (int64_t c = 0; c < channels; ++c) {
-                     for (int64_t r = 0; r < height; ++r) {
-                       sum[c * steps + i + r] = rows.data()[r * channels + c];
-                     }
-                   }
-                 }
-               });
+  const int64_t size = std::max<int64_t>(1, count) * kRows * channels;
+  parallel_for(divide_up(steps, kRows), divide_up(kGrain, size), [&](int64_t begin, int64_t end) {
+    Scratch rows(kRows * channels);
+    for (int64_t i = begin * kRows; i < std::min(steps, end * kRows); i += kRows) {
+      const int64_t height = std::min(kRows, steps - i);
+      add_up(partials + i * channels, count, steps * channels, height * channels, rows.data());
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t r = 0; r < height; ++r) {
+          sum[c * steps + i + r] = rows.data()[r * channels + c];
+        }
+      }
+    }
+  });
 }
 
 // One part of the input gradient per phase, and whether there are pixels that no tap reaches.

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string_view>
 
 #include "kernels/dtype.h"
@@ -99,6 +100,16 @@ class ConvolutionAlgorithm {
 const ConvolutionAlgorithm& dense_convolution();      // groups = 1
 const ConvolutionAlgorithm& winograd_convolution();   // 3x3, stride 1, groups = 1
 const ConvolutionAlgorithm& depthwise_convolution();  // one channel to a group
+
+// What pack() makes of a weight.
+Tensor run_pack(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                const Tensor& weight);
+// The output of forward(), for a weight that is packed, or will be where it must.
+template <class T>
+Tensor run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                   const Tensor& input, const Tensor& weight,
+                   const std::optional<Tensor>& packed_weight,
+                   const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments);
 
 // The algorithm of that name(), or null.
 const ConvolutionAlgorithm* find_algorithm(std::string_view name);
