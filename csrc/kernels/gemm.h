@@ -26,6 +26,19 @@ struct EpilogueOf {
 };
 using Epilogue = EpilogueOf<float>;
 
+// Memory that will be read next. The products before that fetch it, a line a step, so that memory
+// is not idle while they compute.
+struct Ahead {
+  struct Stretch {
+    const float* data;
+    int64_t size;  // floats
+  };
+  Stretch stretches[3];  // what is left of them, the next one last
+  int64_t count = 0;
+
+  void add(const float* data, int64_t size) { stretches[count++] = {data, size}; }
+};
+
 // c[i * c_row + j] = epilogue(start + sum over r, k of a[r][i * a_row + k * a_step]
 //                                                      * b[(r * depth + k) * b_row + j])
 // where start is 0, or c where `accumulate`. Each element is one chain of fused multiply-adds in
@@ -44,10 +57,7 @@ struct GemmArguments {
   int64_t c_row;
   bool accumulate;
   Epilogue epilogue{};
-  // Floats that will be read next, to be fetched meanwhile: the next panel, which comes from memory
-  // where a batch is small.
-  const float* ahead = nullptr;
-  int64_t ahead_size = 0;
+  Ahead* ahead = nullptr;  // what is fetched is taken off it; or null
 };
 
 using GemmKernel = void (*)(const GemmArguments& arguments);
@@ -57,9 +67,14 @@ using GemmKernel = void (*)(const GemmArguments& arguments);
 using PackKernel = void (*)(const float* weight, int64_t row, int64_t columns, int64_t depth,
                             float* packed, int64_t width);
 
+// sums[i] = the sum of parts[p * stride + i] over p < count, in double and in that order.
+using AddUpKernel = void (*)(const float* parts, int64_t count, int64_t stride, int64_t size,
+                             float* sums);
+
 struct GemmKernels {
   GemmKernel gemm;
   PackKernel pack;
+  AddUpKernel add_up;
 };
 
 }  // namespace torchweld::kernels

@@ -153,6 +153,55 @@ void check_pack(int64_t columns, int64_t depth) {
   }
 }
 
+// Sums in double, which integers this large need.
+void check_add_up(int64_t count, int64_t size) {
+  const int64_t stride = size + 3;
+  const Buffer parts(count * stride, DType::float32);
+  Buffer expected(size, DType::float32);
+  for (int64_t i = 0; i < count * stride; ++i) {
+    parts.as<float>()[i] = static_cast<float>((i * 7919 % 1001 - 500) * 40000 + 1);
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    double sum = 0;
+    for (int64_t p = 0; p < count; ++p) sum += parts.as<float>()[p * stride + i];
+    expected.as<float>()[i] = static_cast<float>(sum);
+  }
+  for (Capability capability : available_capabilities()) {
+    const Buffer sums(size, DType::float32);
+    table(capability).gemm->add_up(parts.as<float>(), count, stride, size, sums.as<float>());
+    CHECK(sums == expected, "%s: %ld parts of %ld", name(capability), static_cast<long>(count),
+          static_cast<long>(size));
+  }
+}
+
+// What a product fetches ahead is taken off, the last stretch first, and no more than there is.
+void check_ahead() {
+  const Buffer a(64, DType::float32), b(64, DType::float32), c(64, DType::float32);
+  const float* pointer = a.as<float>();
+  for (Capability capability : available_capabilities()) {
+    Ahead ahead;
+    ahead.add(a.as<float>(), 17);
+    ahead.add(b.as<float>(), 8 * 16 + 1);
+    GemmArguments g{};
+    g.rows = g.columns = g.runs = 1;
+    g.a = &pointer;
+    g.b = b.as<float>();
+    g.c = c.as<float>();
+    g.depth = g.a_row = 8;
+    g.a_step = g.b_row = g.c_row = 1;
+    g.ahead = &ahead;
+    for (int64_t left : {2, 1, 0, 0}) {
+      table(capability).gemm->gemm(g);
+      CHECK(ahead.count == left, "%s: %ld stretches left", name(capability),
+            static_cast<long>(ahead.count));
+      if (left == 2) {
+        CHECK(ahead.stretches[1].size == 1 && ahead.stretches[1].data == b.as<float>() + 8 * 16,
+              "%s: a line a step", name(capability));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -166,6 +215,12 @@ int main() {
   check_product({7, 64, 2, 300, 300, 1, true, true, false, true});
   check_product({4, 20, 2, 0, 1, 1, true, true, false, false});  // nothing to add
   check_clamp();
+  check_ahead();
+  for (int64_t count : {1, 2, 7, 32}) {
+    for (int64_t size : {1, 4, 15, 16, 17, 31, 33, 47, 63, 64, 65, 100, 127, 144, 200}) {
+      check_add_up(count, size);
+    }
+  }
   for (int64_t columns : {1, 3, 15, 16, 17, 33, 48, 63, 64}) {
     for (int64_t depth : {1, 2, 7, 9, 16, 17, 40, 147}) check_pack(columns, depth);
   }

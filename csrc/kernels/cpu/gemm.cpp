@@ -29,6 +29,18 @@ struct Locality {
   static constexpr int value = kLocality;
 };
 
+// Where `steps` lines to be fetched ahead begin; `other` if there are none left. The last of them
+// may lie past the end.
+inline const float* take(Ahead& ahead, int64_t steps, const float* other) {
+  if (ahead.count == 0) return other;
+  Ahead::Stretch& stretch = ahead.stretches[ahead.count - 1];
+  const float* data = stretch.data;
+  stretch.data += steps * 16;
+  stretch.size -= steps * 16;
+  if (stretch.size <= 0) --ahead.count;
+  return data;
+}
+
 // Vector v of a row of which only the last vector may be a part.
 template <int kVectors, bool kPart, class T>
 __attribute__((always_inline)) inline VecF load_column(const T* p, int v, Part last) {
@@ -91,9 +103,7 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
     }
   };
   const float* b = g.b + column;
-  // This tile's part of what to fetch ahead, a line a step.
-  const int64_t fetched = row / kRows * g.runs * g.depth * 16;
-  const float* ahead = fetched < g.ahead_size ? g.ahead + fetched : b;
+  const float* ahead = g.ahead ? take(*g.ahead, g.runs * g.depth, b) : b;
   const auto step = [&]() __attribute__((always_inline)) {
     VecF columns[kVectors];
 #pragma GCC unroll 4
@@ -238,9 +248,39 @@ void pack(const float* weight, int64_t row, int64_t columns, int64_t depth, floa
   }
 }
 
+// kRegisters of floats from `parts` on. The same of the next ones is fetched meanwhile: a part is
+// too short for the hardware to see where it leads.
+template <int kRegisters, class P>
+void add_up_registers(const float* parts, int64_t count, int64_t stride, float* sums, P part) {
+  VecD totals[kRegisters][2] = {};
+  for (int64_t p = 0; p < count; ++p, parts += stride) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kRegisters; ++v) {
+      __builtin_prefetch(parts + (kRegisters + v) * kLanesF);
+      VecD halves[2];
+      widen(load(parts + v * kLanesF, part), halves);
+      totals[v][0] += halves[0];
+      totals[v][1] += halves[1];
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kRegisters; ++v) store(sums + v * kLanesF, narrow(totals[v]), part);
+}
+
+void add_up(const float* parts, int64_t count, int64_t stride, int64_t size, float* sums) {
+  int64_t i = 0;
+  for (; i + 4 * kLanesF <= size; i += 4 * kLanesF) {
+    add_up_registers<4>(parts + i, count, stride, sums + i, Whole{});
+  }
+  for (; i + kLanesF <= size; i += kLanesF) {
+    add_up_registers<1>(parts + i, count, stride, sums + i, Whole{});
+  }
+  if (i < size) add_up_registers<1>(parts + i, count, stride, sums + i, Part{size - i});
+}
+
 }  // namespace
 
 extern const GemmKernels gemm_kernels;
-const GemmKernels gemm_kernels{.gemm = gemm, .pack = pack};
+const GemmKernels gemm_kernels{.gemm = gemm, .pack = pack, .add_up = add_up};
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

@@ -29,8 +29,8 @@ constexpr int64_t kTasks = 16;
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrain = 1 << 20;
 
-// Size of the parts when `size` is cut as evenly as can be into parts of about `wish`.
-int64_t even_part(int64_t size, int64_t wish) {
+// The size of even parts of `size`, near `wish`.
+int64_t part_near(int64_t size, int64_t wish) {
   wish = std::max<int64_t>(1, wish);
   return std::max<int64_t>(1, divide_up(size, std::max<int64_t>(1, (size + wish / 2) / wish)));
 }
@@ -50,11 +50,11 @@ Plan::Plan(const ConvolutionShape& shape, const Cut& cut)
     shape_.width = shape_.out_width = shape.pixels();
     shape_.batch = shape_.height = shape_.out_height = 1;
   }
-  columns_ = even_part(shape_.out_width, cut.pixels);
+  columns_ = part_near(shape_.out_width, cut.pixels);
   // The product's tiles are 7 rows high, or 14 where they are narrow.
   const int64_t tile = shape_.out_channels > kPanel / 2 ? 7 : 14;
   if (matrix_product_) columns_ = divide_up(columns_, tile) * tile;
-  rows_ = columns_ < shape_.out_width ? 1 : even_part(shape_.out_height, cut.pixels / columns_);
+  rows_ = columns_ < shape_.out_width ? 1 : part_near(shape_.out_height, cut.pixels / columns_);
   row_blocks_ = divide_up(shape_.out_height, rows_);
   column_blocks_ = divide_up(shape_.out_width, columns_);
 }
@@ -126,7 +126,8 @@ template class Windows<BFloat16>;
 
 void forward_block(const Plan& plan, const Windows<float>& windows, const Block& block,
                    const float* packed, const Target<float>& target,
-                   const kernels::Epilogue& epilogue, int64_t first, int64_t last) {
+                   const kernels::Epilogue& epilogue, int64_t first, int64_t last,
+                   kernels::Ahead* ahead) {
   const ConvolutionShape& s = plan.shape();
   const int64_t runs = plan.runs(), depth = plan.depth();
   const auto gemm = cpu_kernels().gemm->gemm;
@@ -134,7 +135,7 @@ void forward_block(const Plan& plan, const Windows<float>& windows, const Block&
 
   // A panel too large for the cache is used slice by slice: some runs, or a part of one.
   const int64_t slice_runs = std::clamp<int64_t>(kSliceSize / (depth * kPanel), 1, runs);
-  const int64_t slice_depth = slice_runs > 1 ? depth : even_part(depth, kSliceSize / kPanel);
+  const int64_t slice_depth = slice_runs > 1 ? depth : part_near(depth, kSliceSize / kPanel);
   const auto compute_slice = [&](int64_t panel, int64_t run, int64_t k) {
     const int64_t column = panel * kPanel, width = panel_width(s.out_channels, panel);
     const bool is_last = run + slice_runs >= runs && k + slice_depth >= depth;
@@ -150,9 +151,12 @@ void forward_block(const Plan& plan, const Windows<float>& windows, const Block&
     g.b_row = width;
     g.c_row = target.pixel;
     g.accumulate = run > 0 || k > 0;
-    if (is_last && panel + 1 < panels_of(s.out_channels)) {
-      g.ahead = packed + (column + kPanel) * plan.steps();
-      g.ahead_size = panel_width(s.out_channels, panel + 1) * plan.steps();
+    kernels::Ahead next;
+    g.ahead = ahead;
+    if (ahead == nullptr && is_last && panel + 1 < panels_of(s.out_channels)) {
+      next.add(packed + (column + kPanel) * plan.steps(),
+               panel_width(s.out_channels, panel + 1) * plan.steps());
+      g.ahead = &next;
     }
     for (int64_t row = 0; row < block.rows; ++row) {
       for (int64_t i = 0; i < g.runs; ++i) a[i] = windows.pointers()[row * runs + run + i] + k;
@@ -190,7 +194,7 @@ void forward_pass(const ConvolutionShape& shape, const ConvolutionForwardOf<T>& 
   if (blocks == 0) return;
   const int64_t row = plan.shape().out_width * channels;
   const Target<T> target{pass.output, plan.shape().out_height * row, row, channels};
-  const int64_t group = even_part(panels, panels * blocks / kTasks);
+  const int64_t group = part_near(panels, panels * blocks / kTasks);
   const int64_t groups = divide_up(panels, group), tasks = blocks * groups;
   const int64_t size = shape.pixels() * shape.weights() / tasks;
   parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "ops/cpu/convolution.h"
@@ -16,20 +15,6 @@ struct Block {
   int64_t column, columns;
 
   int64_t pixels() const { return rows * columns; }
-};
-
-// Floats whose rows do not straddle cache lines.
-struct alignas(64) Line {
-  float values[16];
-};
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : lines_(new Line[size / 16 + 1]) {}
-  float* data() { return lines_[0].values; }
-  const float* data() const { return lines_[0].values; }
-
- private:
-  std::unique_ptr<Line[]> lines_;
 };
 
 // How many pixels a block should have, and whether pixels may be regrouped: a convolution that
@@ -113,10 +98,12 @@ struct Target {
   }
 };
 
-// Computes panels [first, last) of the block that `windows` was moved to.
+// Computes panels [first, last) of the block that `windows` was moved to. Fetches what is ahead,
+// else panel by panel the next one, which comes from memory where a batch is small.
 void forward_block(const Plan& plan, const Windows<float>& windows, const Block& block,
                    const float* packed, const Target<float>& target,
-                   const kernels::Epilogue& epilogue, int64_t first, int64_t last);
+                   const kernels::Epilogue& epilogue, int64_t first, int64_t last,
+                   kernels::Ahead* ahead = nullptr);
 void forward_block(const Plan& plan, const Windows<BFloat16>& windows, const Block& block,
                    const float* packed, const Target<BFloat16>& target,
                    const kernels::EpilogueOf<BFloat16>& epilogue, int64_t first, int64_t last);

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ops/cpu/conv_dense.h"
+#include "ops/cpu/scratch.h"
 #include "ops/kernels.h"
 #include "ops/parallel.h"
 #include "ops/torch_compat.h"
@@ -21,6 +22,8 @@ constexpr int64_t kMaxPixels = 128;
 constexpr int64_t kMaxTasks = 32;
 constexpr int64_t kMinTasks = 4;
 constexpr int64_t kPartialsSize = 1 << 21;
+// Additions that are worth a thread.
+constexpr int64_t kGrain = 1 << 15;
 
 // Along one axis, the input pixels first, first + stride, ... and the kernel taps that reach them.
 // Over the output's gradient these taps, in reverse, are a convolution of stride 1.
@@ -70,7 +73,8 @@ class InputGradient {
   }
 
   // From the gradient of one image's output, or of a run of `pixels` where pixels are independent.
-  void compute(const float* gradient, int64_t pixels, float* grad_input) const {
+  void compute(const float* gradient, int64_t pixels, float* grad_input,
+               kernels::Ahead& ahead) const {
     ConvolutionShape shape = shape_;
     if (pixels > 0) {
       shape.height = shape.out_height = 1;
@@ -85,7 +89,7 @@ class InputGradient {
       const Block block = plan.block(i);
       windows.move_to(block);
       forward_block(plan, windows, block, packed_.data(), target, {}, 0,
-                    panels_of(shape.out_channels));
+                    panels_of(shape.out_channels), &ahead);
     }
   }
 
@@ -121,7 +125,7 @@ class InputGradient {
 
 // Adds a block's part to a partial weight gradient [run][depth][out_channels], or starts it.
 void weight_gradient(const Plan& plan, const Windows<float>& windows, const Block& block,
-                     const float* gradient, float* partial, bool start) {
+                     const float* gradient, float* partial, bool start, kernels::Ahead& ahead) {
   const ConvolutionShape& s = plan.shape();
   const auto gemm = cpu_kernels().gemm->gemm;
   std::vector<const float*> a(block.rows);
@@ -133,6 +137,7 @@ void weight_gradient(const Plan& plan, const Windows<float>& windows, const Bloc
   g.a_row = 1;
   g.a_step = s.stride_width * s.channels;
   g.b_row = g.c_row = s.out_channels;
+  g.ahead = &ahead;
   for (int64_t column = 0; column < s.out_channels; column += kPanel) {
     g.columns = std::min(kPanel, s.out_channels - column);
     g.b = gradient + column;
@@ -151,21 +156,16 @@ void weight_gradient(const Plan& plan, const Windows<float>& windows, const Bloc
 // The sum of `count` partial gradients [steps][channels], transposed to [channels][steps].
 void merge(const float* partials, int64_t count, int64_t steps, int64_t channels, float* sum) {
   constexpr int64_t kRows = 16;
-  parallel_for(divide_up(steps, kRows), 16, [&](int64_t begin, int64_t end) {
+  const auto add_up = cpu_kernels().gemm->add_up;
+  const int64_t size = std::max<int64_t>(1, count) * kRows * channels;
+  parallel_for(divide_up(steps, kRows), divide_up(kGrain, size), [&](int64_t begin, int64_t end) {
+    Scratch rows(kRows * channels);
     for (int64_t i = begin * kRows; i < std::min(steps, end * kRows); i += kRows) {
-      const int64_t rows = std::min(kRows, steps - i);
-      for (int64_t column = 0; column < channels; column += kPanel) {
-        const int64_t columns = std::min(kPanel, channels - column);
-        double tile[kRows][kPanel] = {};
-        for (int64_t part = 0; part < count; ++part) {
-          const float* from = partials + (part * steps + i) * channels + column;
-          for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t j = 0; j < columns; ++j) tile[r][j] += from[r * channels + j];
-          }
-        }
-        for (int64_t j = 0; j < columns; ++j) {
-          float* to = sum + (column + j) * steps + i;
-          for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<float>(tile[r][j]);
+      const int64_t height = std::min(kRows, steps - i);
+      add_up(partials + i * channels, count, steps * channels, height * channels, rows.data());
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t r = 0; r < height; ++r) {
+          sum[c * steps + i + r] = rows.data()[r * channels + c];
         }
       }
     }
@@ -203,11 +203,21 @@ struct Chunks {
   }
 };
 
-// Asks for the input of the block after this one: its first tile would wait for every pixel.
-void prefetch_next(const Plan& plan, const float* input, int64_t pixel, int64_t pixels) {
-  const int64_t channels = plan.shape().channels;
-  const float* next = input + (pixel + pixels) * channels;
-  for (int64_t i = 0; i < pixels * channels; i += 16) __builtin_prefetch(next + i, 0, 2);
+// Floats fetched ahead at most: what is in use must stay in the second cache level.
+constexpr int64_t kAheadSize = 1 << 16;
+
+// What the chunk from `pixel` on will read.
+kernels::Ahead reads_of(const ConvolutionShape& s, const ConvolutionBackward& pass, int64_t pixel,
+                        int64_t pixels) {
+  kernels::Ahead ahead;
+  pixels = std::min(pixels, s.pixels() - pixel);
+  if (pixels <= 0) return ahead;
+  pixels = std::min(pixels, kAheadSize / (s.channels + 2 * s.out_channels));
+  for (const float* tensor : pass.reads) {
+    if (tensor) ahead.add(tensor + pixel * s.out_channels, pixels * s.out_channels);
+  }
+  if (pass.grad_weight) ahead.add(pass.input + pixel * s.channels, pixels * s.channels);
+  return ahead;
 }
 
 }  // namespace
@@ -231,19 +241,20 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
     const Block first = chunks.first_block(chunk);
     const int64_t pixel = plan.first_pixel(first), pixels = chunks.pixels(first);
     pass.grad_output(pixel, pixels, gradient);
-    if (want_weight && plan.is_matrix_product()) prefetch_next(plan, pass.input, pixel, pixels);
+    kernels::Ahead ahead;
+    if (plan.is_matrix_product()) ahead = reads_of(s, pass, pixel + pixels, pixels);
     for (int64_t i = 0; want_weight && i < chunks.blocks(); ++i) {
       const Block block = plan.block(chunk * chunks.blocks() + i);
       const int64_t before = plan.first_pixel(block) - pixel;
       windows.move_to(block);
       weight_gradient(plan, windows, block, gradient + before * s.out_channels, partial,
-                      start && i == 0);
+                      start && i == 0, ahead);
     }
     if (!want_input) return;
     float* to = pass.grad_input + (chunks.by_image ? chunk * image : pixel * s.channels);
     if (input.untouched) std::memset(to, 0, image * sizeof(float));
     for (const InputGradient& part : input.parts) {
-      part.compute(gradient, chunks.by_image ? 0 : pixels, to);
+      part.compute(gradient, chunks.by_image ? 0 : pixels, to, ahead);
     }
   };
   parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {

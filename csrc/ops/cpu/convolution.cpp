@@ -6,6 +6,7 @@
 
 #include "ops/check.h"
 #include "ops/conv_bn_relu.h"
+#include "ops/memory.h"
 
 namespace torchweld::ops {
 namespace {
@@ -28,10 +29,9 @@ Tensor channels_last(const Tensor& x) {
   return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
-Tensor empty_channels_last(torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                           ScalarType type = ScalarType::Float) {
-  return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt,
-                              MemoryFormat::ChannelsLast);
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
 }
 
 Tensor nothing(const Tensor& like) {
@@ -50,28 +50,19 @@ Tensor to_tensor(const Moments& moments) {
   return tensor;
 }
 
-// Of dense tensors; the bias is float32.
+// As it is in training, where weights change at every step, if statistics are wanted; else with a
+// packed weight.
 template <class T>
-void run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
-                 const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                 const OptionalTensor& residual, double low, double high, const Tensor& output,
-                 BlockMoments* moments) {
-  const auto data = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
-  // As it is in training, where weights change at every step, and statistics are wanted.
-  const bool plain = moments != nullptr && algorithm.packs_itself();
-  const int64_t packed_size = plain ? 0 : algorithm.packed_size(shape);
-  const Tensor packed = torch::stable::empty({&packed_size, 1}, ScalarType::Float);
-  if (!plain) algorithm.pack(shape, data(weight), packed.mutable_data_ptr<float>());
-  algorithm.forward(shape, ConvolutionForwardOf<T>{
-                               .input = data(input),
-                               .packed = plain ? nullptr : packed.const_data_ptr<float>(),
-                               .weight = data(weight),
-                               .output = static_cast<T*>(output.mutable_data_ptr()),
-                               .epilogue = {.bias = bias ? bias->const_data_ptr<float>() : nullptr,
-                                            .residual = residual ? data(*residual) : nullptr,
-                                            .low = static_cast<float>(low),
-                                            .high = static_cast<float>(high)},
-                               .moments = moments});
+Tensor forward_of(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                  const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& residual, double low, double high, BlockMoments* moments) {
+  const kernels::EpilogueOf<T> epilogue{.bias = bias ? bias->const_data_ptr<float>() : nullptr,
+                                        .residual = residual ? data<T>(*residual) : nullptr,
+                                        .low = static_cast<float>(low),
+                                        .high = static_cast<float>(high)};
+  OptionalTensor packed;
+  if (moments == nullptr) packed = run_pack(algorithm, shape, weight);
+  return run_forward(algorithm, shape, input, weight, packed, epilogue, moments);
 }
 
 std::tuple<Tensor, Tensor> conv_forward(Tensor input, Tensor weight, OptionalTensor bias,
@@ -90,12 +81,11 @@ std::tuple<Tensor, Tensor> conv_forward(Tensor input, Tensor weight, OptionalTen
 
   if (bias) bias = torch::stable::to(torch::stable::contiguous(*bias), ScalarType::Float);
   if (residual) residual = channels_last(*residual);
-  const Tensor x = channels_last(input), w = channels_last(weight);
-  const Tensor output = empty_channels_last(sizes, input.scalar_type());
   BlockMoments collected;
   const auto run =
-      shape.dtype == kernels::DType::bfloat16 ? run_forward<BFloat16> : run_forward<float>;
-  run(chosen, shape, x, w, bias, residual, low, high, output, moments ? &collected : nullptr);
+      shape.dtype == kernels::DType::bfloat16 ? forward_of<BFloat16> : forward_of<float>;
+  const Tensor output =
+      run(chosen, shape, input, weight, bias, residual, low, high, moments ? &collected : nullptr);
   return {output, moments ? to_tensor(collected.merged()) : nothing(input)};
 }
 
@@ -115,8 +105,8 @@ std::tuple<Tensor, Tensor> conv_backward(Tensor grad_output, Tensor input, Tenso
 
   const Tensor g = channels_last(grad_output), x = channels_last(input), w = channels_last(weight);
   const float* gradients = g.const_data_ptr<float>();
-  const Tensor grad_input = input_grad ? empty_channels_last(x.sizes()) : nothing(x);
-  const Tensor grad_weight = weight_grad ? empty_channels_last(w.sizes()) : nothing(w);
+  const Tensor grad_input = input_grad ? torch::stable::empty_like(x) : nothing(x);
+  const Tensor grad_weight = weight_grad ? torch::stable::empty_like(w) : nothing(w);
   const GradientRows copy = [&](int64_t first, int64_t count, float* rows) {
     const int64_t channels = shape.out_channels;
     std::memcpy(rows, gradients + first * channels, count * channels * sizeof(float));
@@ -168,6 +158,48 @@ void ConvolutionAlgorithm::pack(const ConvolutionShape& shape, const BFloat16* w
   }
   pack(shape, floats.get(), packed);
 }
+
+Tensor run_pack(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                const Tensor& weight) {
+  const Tensor packed =
+      empty({1, 1, 1, algorithm.packed_size(shape)}, ScalarType::Float, MemoryFormat::Contiguous);
+  const Tensor w = channels_last(weight);
+  float* to = packed.mutable_data_ptr<float>();
+  if (shape.dtype == kernels::DType::bfloat16) {
+    algorithm.pack(shape, data<BFloat16>(w), to);
+  } else {
+    algorithm.pack(shape, data<float>(w), to);
+  }
+  return packed;
+}
+
+template <class T>
+Tensor run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                   const Tensor& input, const Tensor& weight, const OptionalTensor& packed_weight,
+                   const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments) {
+  const bool plain = std::is_same_v<T, float> && !packed_weight && algorithm.packs_itself();
+  const Tensor w = plain           ? channels_last(weight)
+                   : packed_weight ? *packed_weight
+                                   : run_pack(algorithm, shape, weight);
+  const Tensor x = channels_last(input);
+  const Tensor output = empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
+                              input.scalar_type(), MemoryFormat::ChannelsLast);
+  algorithm.forward(shape,
+                    ConvolutionForwardOf<T>{.input = data<T>(x),
+                                            .packed = plain ? nullptr : data<float>(w),
+                                            .weight = plain ? data<T>(w) : nullptr,
+                                            .output = static_cast<T*>(output.mutable_data_ptr()),
+                                            .epilogue = epilogue,
+                                            .moments = moments});
+  return output;
+}
+
+template Tensor run_forward(const ConvolutionAlgorithm&, const ConvolutionShape&, const Tensor&,
+                            const Tensor&, const OptionalTensor&, const kernels::Epilogue&,
+                            BlockMoments*);
+template Tensor run_forward(const ConvolutionAlgorithm&, const ConvolutionShape&, const Tensor&,
+                            const Tensor&, const OptionalTensor&,
+                            const kernels::EpilogueOf<BFloat16>&, BlockMoments*);
 
 const ConvolutionAlgorithm* find_algorithm(std::string_view name) {
   for (const auto algorithm : {depthwise_convolution, winograd_convolution, dense_convolution}) {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string_view>
 
 #include "kernels/dtype.h"
@@ -63,8 +64,9 @@ struct ConvolutionBackward {
   const float* input;
   const float* weight;  // [K, R, S, C / groups]
   GradientRows grad_output;
-  float* grad_input;   // or null
-  float* grad_weight;  // [K, R, S, C / groups], or null
+  const float* reads[2] = {};  // tensors of the output's layout that it reads most of, or null
+  float* grad_input;           // or null
+  float* grad_weight;          // [K, R, S, C / groups], or null
 };
 
 class ConvolutionAlgorithm {
@@ -98,6 +100,16 @@ class ConvolutionAlgorithm {
 const ConvolutionAlgorithm& dense_convolution();      // groups = 1
 const ConvolutionAlgorithm& winograd_convolution();   // 3x3, stride 1, groups = 1
 const ConvolutionAlgorithm& depthwise_convolution();  // one channel to a group
+
+// What pack() makes of a weight.
+Tensor run_pack(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                const Tensor& weight);
+// The output of forward(), for a weight that is packed, or will be where it must.
+template <class T>
+Tensor run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
+                   const Tensor& input, const Tensor& weight,
+                   const std::optional<Tensor>& packed_weight,
+                   const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments);
 
 // The algorithm of that name(), or null.
 const ConvolutionAlgorithm* find_algorithm(std::string_view name);

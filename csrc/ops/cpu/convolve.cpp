@@ -47,39 +47,6 @@ Tensor vector_of(int64_t size) {
   return empty({1, 1, 1, size}, ScalarType::Float, MemoryFormat::Contiguous);
 }
 
-Tensor packed_by(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
-                 const Tensor& weight) {
-  const Tensor packed = vector_of(algorithm.packed_size(shape)), w = channels_last(weight);
-  float* to = packed.mutable_data_ptr<float>();
-  if (shape.dtype == kernels::DType::bfloat16) {
-    algorithm.pack(shape, data<BFloat16>(w), to);
-  } else {
-    algorithm.pack(shape, data(w), to);
-  }
-  return packed;
-}
-
-template <class T>
-Tensor run_forward(const ConvolutionAlgorithm& algorithm, const ConvolutionShape& shape,
-                   const Tensor& input, const Tensor& weight, const OptionalTensor& packed_weight,
-                   const kernels::EpilogueOf<T>& epilogue, BlockMoments* moments) {
-  const bool plain = std::is_same_v<T, float> && !packed_weight && algorithm.packs_itself();
-  const Tensor w = plain           ? channels_last(weight)
-                   : packed_weight ? *packed_weight
-                                   : packed_by(algorithm, shape, weight);
-  const Tensor x = channels_last(input);
-  const Tensor output = empty({shape.batch, shape.out_channels, shape.out_height, shape.out_width},
-                              input.scalar_type(), MemoryFormat::ChannelsLast);
-  algorithm.forward(shape,
-                    ConvolutionForwardOf<T>{.input = data<T>(x),
-                                            .packed = plain ? nullptr : data(w),
-                                            .weight = plain ? data<T>(w) : nullptr,
-                                            .output = static_cast<T*>(output.mutable_data_ptr()),
-                                            .epilogue = epilogue,
-                                            .moments = moments});
-  return output;
-}
-
 // As float32: what is added to sums is.
 const float* data_or_null(const OptionalTensor& tensor, OptionalTensor& keep) {
   if (!tensor) return nullptr;
@@ -195,7 +162,7 @@ Tensor pack_weight(const Tensor& weight, const Convolution& conv) {
     const ConvolutionShape shape = to_shape({8, channels, size, size}, weight, conv);
     const bool has_pixels = shape.out_height > 0 && shape.out_width > 0;
     if (const ConvolutionAlgorithm* algorithm = has_pixels ? choose_folded(shape, 0) : nullptr)
-      return packed_by(*algorithm, shape, weight);
+      return run_pack(*algorithm, shape, weight);
   }
   return vector_of(0);
 }
@@ -222,6 +189,7 @@ std::tuple<Tensor, Tensor> convolve_backward(const Normalization::Gradient& grad
                   .weight = data(w),
                   .grad_output = [&](int64_t first, int64_t count,
                                      float* rows) { gradient.rows(first, count, rows); },
+                  .reads = {data(gradient.grad_y()), data(gradient.x())},
                   .grad_input = input_grad ? grad_input.mutable_data_ptr<float>() : nullptr,
                   .grad_weight = weight_grad ? grad_weight.mutable_data_ptr<float>() : nullptr});
       return result;

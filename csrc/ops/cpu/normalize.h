@@ -51,6 +51,9 @@ class Normalization {
     void rows(int64_t first, int64_t count, float* out) const;
     // Whether rows() can be called: the tensor is in channels_last memory.
     bool has_rows() const { return of_.tiling_.layout() == kernels::Layout::columns; }
+    // What rows() reads, beside a residual.
+    const Tensor& grad_y() const { return grad_y_; }
+    const Tensor& x() const { return of_.x_; }
     // Of the whole tensor.
     Tensor all() const;
     // Only the residual's gradient.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <new>
 #include <optional>
+#include <utility>
 
 #include "ops/memory.h"
 
@@ -25,8 +26,9 @@ class Scratch {
   ~Scratch() {
     if (!tensor_) ::operator delete(data_, kAlign);
   }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+  Scratch(Scratch&& other) noexcept
+      : tensor_(std::move(other.tensor_)), data_(std::exchange(other.data_, nullptr)) {}
+  Scratch& operator=(Scratch&&) = delete;
 
   float* data() const { return data_; }
 
