@@ -138,9 +138,8 @@ void check_running_stats(const Tensor& running_mean, const Tensor& running_var, 
     const char* argument = running == &running_mean ? "running_mean" : "running_var";
     TORCHWELD_CHECK(to_dtype(running->scalar_type()), op, argument,
                     "float32, float64, bfloat16 or float16", dtype_name(running->scalar_type()));
-    TORCHWELD_CHECK(
-        running->dim() == 1 && running->size(0) == channels && running->is_contiguous(), op,
-        argument, "a contiguous [" << channels << "]", ops::shape_string(*running));
+    TORCHWELD_CHECK(running->dim() == 1 && running->size(0) == channels && running->is_contiguous(),
+                    op, argument, "a contiguous [" << channels << "]", ops::shape_string(*running));
     check_device(op, argument, *running, mean);
   }
   TORCHWELD_CHECK(count == 0 || count > 1, op, "count",

@@ -43,17 +43,14 @@ std::string describe(const Case& c, DType dtype, Activation activation) {
          std::to_string(static_cast<int>(activation));
 }
 
-double value(DType dtype, const void* data, int64_t i) {
-  return read_channel({data, dtype, 0}, i);
-}
+double value(DType dtype, const void* data, int64_t i) { return read_channel({data, dtype, 0}, i); }
 
 // A tensor's memory, of the exact size and `offset` elements into an allocation.
 struct Memory {
   Memory(const Case& c, DType dtype, unsigned seed, bool fill = true)
       : dtype(dtype),
         size(c.batch * c.channels * c.pixels),
-        buffer(fill ? Buffer(size + c.offset, dtype, seed, true)
-                    : Buffer(size + c.offset, dtype)),
+        buffer(fill ? Buffer(size + c.offset, dtype, seed, true) : Buffer(size + c.offset, dtype)),
         data(buffer.data.get() + c.offset * static_cast<int64_t>(size_of(dtype))) {}
   double operator[](int64_t i) const { return value(dtype, data, i); }
 
@@ -322,8 +319,8 @@ void check_nothing() {
   double count = 7;
   std::vector<double> mean(3, 7), scratch(1);
   const BatchNormShape shape{0, 3, 4, Layout::planes, DType::float32};
-  StatisticsParams params{shape,   nullptr, scratch.data(), 0, &count, mean.data(), nullptr,
-                          nullptr, nullptr};
+  StatisticsParams params{shape,       nullptr, scratch.data(), 0,      &count,
+                          mean.data(), nullptr, nullptr,        nullptr};
   ok(launch_batch_norm_statistics(params, nullptr));
   CHECK(count == 0 && mean[0] == 0 && mean[2] == 0, "%g %g", count, mean[0]);
   params.shape = {2, 0, 4, Layout::planes, DType::float32};

@@ -1,4 +1,5 @@
-// Normalize + residual + activation in one pass. Without statistics and weight it is bias + residual
+// Normalize + residual + activation in one pass. Without statistics and weight it is bias +
+// residual
 // + activation, behind a folded convolution.
 #include "kernels/cuda/batch_norm_walk.h"
 

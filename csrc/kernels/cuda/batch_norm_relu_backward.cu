@@ -39,7 +39,8 @@ struct Gradients {
 
   int64_t offset[kSteps<T, kCount>];
   bool found[kSteps<T, kCount>];
-  T x[kSteps<T, kCount>][kCount], grad[kSteps<T, kCount>][kCount], r[kSteps<T, kCount>][kCount] = {};
+  T x[kSteps<T, kCount>][kCount], grad[kSteps<T, kCount>][kCount],
+      r[kSteps<T, kCount>][kCount] = {};
 };
 
 // Values of a column that a thread adds up before it adds them to a sum in double.
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, 2) apply(ApplyParams params, Walk wa
                              : static_cast<double>(params.shape.batch * params.shape.pixels);
     const double slope = norm.slope(params.sum_g_xhat[c], count);
     shared[0][k] = static_cast<Vec>(slope);
-    shared[1][k] = static_cast<Vec>(
-        norm.offset(params.sum_g[c], slope, count, norm.template lost<Vec>()));
+    shared[1][k] =
+        static_cast<Vec>(norm.offset(params.sum_g[c], slope, count, norm.template lost<Vec>()));
   }
   const Coefficients<T, kCount> coefficients(params.bn, walker);  // waits for all of the block
   Vec slope[kCount], offset[kCount];

@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   write_partial(walker, shape.channels, mine, scratch, MergeStatistics{});
 }
 
-__global__ void __launch_bounds__(kThreads) finish_statistics(StatisticsParams params,
-                                                              int64_t chunks) {
+__global__ void __launch_bounds__(kThreads)
+    finish_statistics(StatisticsParams params, int64_t chunks) {
   const int64_t channels = params.shape.channels;
   const int64_t c = blockIdx.x * static_cast<int64_t>(kFinishChannels) +
                     threadIdx.x % static_cast<unsigned>(kFinishChannels);

@@ -23,9 +23,7 @@ void* mutable_at(const Tensor& tensor, const Task& task) {
 
 }  // namespace
 
-Tensor empty_as(const Tensor& x) {
-  return empty(shape_of(x), x.scalar_type(), format_of(x));
-}
+Tensor empty_as(const Tensor& x) { return empty(shape_of(x), x.scalar_type(), format_of(x)); }
 
 Moments moments_of(const Tensor& x) {
   const Tiling tiling(x);
@@ -115,10 +113,9 @@ Normalization::Gradient::Gradient(const Normalization& normalization, const Tens
       grad_y_(grad_y),
       grad_residual_(grad_residual),
       frozen_(sums == nullptr),
-      slopes_(of_.tiling_,
-              [&](int64_t c) {
-                return sums ? of_.bn_.channel(c).slope(sums->g_xhat[c], count) : 0.0;
-              }),
+      slopes_(
+          of_.tiling_,
+          [&](int64_t c) { return sums ? of_.bn_.channel(c).slope(sums->g_xhat[c], count) : 0.0; }),
       offsets_(of_.tiling_,
                [&](int64_t c) {
                  if (!sums) return 0.0;

@@ -86,10 +86,9 @@ void normalize(const CudaContext& context, const Tensor& x, const Norm& norm,
                const OptionalTensor& residual, const Tensor& y) {
   OptionalTensor dense_residual;
   if (residual) dense_residual = laid_out_as(x, *residual);
-  context.check(
-      launch_batch_norm_relu({batch_norm_shape(x), norm.input(), x.const_data_ptr(),
-                              data_or_null(dense_residual), y.mutable_data_ptr()},
-                             context.stream()));
+  context.check(launch_batch_norm_relu({batch_norm_shape(x), norm.input(), x.const_data_ptr(),
+                                        data_or_null(dense_residual), y.mutable_data_ptr()},
+                                       context.stream()));
 }
 
 Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
