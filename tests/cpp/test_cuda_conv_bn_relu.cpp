@@ -27,12 +27,12 @@ constexpr Case kCases[] = {
     {1, 1, 1, Layout::planes},           {3, 1, 49, Layout::planes},
     {1, 3, 5, Layout::planes},           {5, 7, 49, Layout::planes},
     {2, 33, 1, Layout::planes},          {2, 3, 1000, Layout::planes},
-    {1, 2, 9000, Layout::planes},        {40, 64, 4, Layout::planes, 1},
+    {1, 2, 4500, Layout::planes},        {40, 64, 4, Layout::planes, 1},
     {2, 2, 16, Layout::planes, 8},       {1, 1, 1, Layout::columns},
     {1, 3, 5, Layout::columns},          {4, 7, 49, Layout::columns},
-    {1, 33, 1000, Layout::columns},      {2, 64, 49, Layout::columns},
+    {1, 33, 300, Layout::columns},       {2, 64, 49, Layout::columns},
     {1, 64, 5, Layout::columns, 1},      {2, 130, 49, Layout::columns},
-    {1, 264, 50, Layout::columns, 0, 0}, {1, 8, 5000, Layout::columns, 0, 0},
+    {1, 264, 50, Layout::columns, 0, 0}, {1, 8, 1000, Layout::columns, 0, 0},
 };
 
 std::string describe(const Case& c, DType dtype, Activation activation) {

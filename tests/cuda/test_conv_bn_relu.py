@@ -106,7 +106,7 @@ def test_statistics_of_any_shape(shape, layout):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_at_its_borders(activation, dtype):
     values = [*BORDERS, float("inf"), float("-inf")]
-    if activation not in ("silu", "hardswish"):
+    if activation not in ("relu6", "silu", "hardswish"):  # of NaN torch's loops disagree
         values.append(float("nan"))
     x = torch.tensor(values * 16, device=DEVICE).to(dtype).view(1, 1, 16, -1)
     one = torch.ones(1, dtype=dtype, device=DEVICE)
@@ -301,7 +301,8 @@ def test_capture_in_a_graph():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("layout", "dtype"), itertools.product(LAYOUTS, DTYPES), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_folded_convolution(layout, dtype):
     torch.manual_seed(0)
     x, w, b, r = (

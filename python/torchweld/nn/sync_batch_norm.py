@@ -144,7 +144,7 @@ def sync_batch_norm_relu(
         var = m2 / count.clamp(min=1.0)
         if tracks and bn.running_mean is not None and bn.running_var is not None:
             # Not update_running_stats, which takes the count as a number. No values move nothing.
-            weight = (momentum or 0.0) * (count > 0)
+            weight = (momentum or 0.0) * count.clamp(max=1.0)
             unbiased = m2 / (count - 1.0).clamp(min=1.0)
             for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
                 running.copy_((1.0 - weight) * running + weight * batch)
