@@ -45,10 +45,11 @@ inline Walk walk_over(const BatchNormShape& shape, int count, int64_t blocks, in
   const int64_t slice = kSliceBytes / (count * static_cast<int64_t>(size_of(shape.dtype)));
   const int64_t parts = divide_up(walk.groups, walk.planes ? kThreads : slice);
   walk.width = static_cast<int>(divide_up(walk.groups, parts));
-  walk.height = kThreads / walk.width;
   walk.slices = walk.planes ? shape.channels : parts;
   walk.parts = walk.planes ? parts : 1;
   walk.rows = walk.planes ? batch * parts : batch * pixels;
+  const int64_t most_rows = kThreads / walk.width;
+  walk.height = static_cast<int>(walk.rows < most_rows ? walk.rows : most_rows);
   walk.stride = walk.planes ? shape.channels * pixels : shape.channels;
   walk.channel_stride = pixels;
   const int64_t steps = divide_up(walk.rows, walk.height);
@@ -62,11 +63,12 @@ inline Walk walk_over(const BatchNormShape& shape, int count, int64_t blocks, in
 // A reduction: blocks enough for 8 on each of an H200's multiprocessors and no more, as each leaves
 // a partial result. The number does not come from the device, on which no result may depend.
 inline Walk walk_to_reduce(const BatchNormShape& shape, int count) {
-  return walk_over(shape, count, 8 * 132, 8, INT64_MAX);
+  return walk_over(shape, count, 8 * 132, 4, INT64_MAX);
 }
-// Elementwise: blocks that are large against their start, which computes coefficients.
+// Elementwise: in a large tensor, blocks that are large against their start, which computes
+// coefficients.
 inline Walk walk_to_map(const BatchNormShape& shape, int count) {
-  return walk_over(shape, count, 16 * 132, 4, 16);
+  return walk_over(shape, count, 16 * 132, 1, 16);
 }
 
 // Elements to a group.
