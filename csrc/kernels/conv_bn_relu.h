@@ -30,6 +30,34 @@ inline constexpr int64_t kMaxColumns = 256;
 // many elements past a multiple of it, so their arrays are padded to one.
 inline constexpr int64_t kColumnGroup = 16;
 
+// One channel of batch norm, in double: xhat = (x - mean) * invstd, z = weight * xhat + bias. What
+// the kernels compute with, in arithmetic type T, is below; `lost` is what rounding the mean loses.
+struct ChannelNorm {
+  double mean, invstd, weight, bias;
+
+  template <class T>
+  constexpr double rounded_mean() const {
+    return static_cast<T>(mean);
+  }
+  template <class T>
+  constexpr double lost() const {
+    return rounded_mean<T>() - mean;
+  }
+  constexpr double scale() const { return weight * invstd; }
+  constexpr double shift(double lost) const { return bias + lost * scale(); }
+
+  // Backward, from sums over `count` values of g and of g * (x - rounded mean), g * xhat.
+  constexpr double sum_g_xhat(double sum_g, double sum_g_d, double lost) const {
+    return invstd * (sum_g_d + lost * sum_g);
+  }
+  constexpr double slope(double sum_g_xhat, double count) const {
+    return -scale() * invstd * sum_g_xhat / count;
+  }
+  constexpr double offset(double sum_g, double slope, double count, double lost) const {
+    return slope * lost - scale() * sum_g / count;
+  }
+};
+
 // Per column, in the arithmetic type: float, or double for float64 storage. With d = x - mean:
 //   z = scale * d + shift [+ residual],  y = activation(z),
 //   grad_x = scale * g + slope * d + offset,  where g = grad_y * activation'(z).

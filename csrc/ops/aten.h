@@ -67,7 +67,8 @@ inline std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad_output
     return !t.is_contiguous() && t.stride(1) == 1;
   };
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);
-  if (!weight_grad || !dilated || !channels_last || input.scalar_type() != ScalarType::BFloat16) {
+  const bool affected = input.is_cpu() && input.scalar_type() == ScalarType::BFloat16;
+  if (!weight_grad || !dilated || !channels_last || !affected) {
     return call_convolution_backward(grad_output, input, weight, conv, input_grad, weight_grad);
   }
   using torch::stable::contiguous;

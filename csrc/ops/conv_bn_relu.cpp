@@ -5,6 +5,9 @@
 #include "ops/check.h"
 
 namespace torchweld::ops {
+
+using torch::headeronly::MemoryFormat;
+
 namespace {
 
 std::string shape_string(const IntList& shape) {
@@ -20,8 +23,9 @@ void check_pair(const char* op, const char* argument, const IntList& values, int
                   "2 integers of at least " << least, shape_string(values));
 }
 
-void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
-  TORCHWELD_CHECK(tensor.is_cpu(), op, argument, "a tensor on the CPU", "one on another device");
+void check_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
+  TORCHWELD_CHECK(tensor.device() == like.device(), op, argument,
+                  "a tensor on the device of the others", "one on another device");
 }
 
 }  // namespace
@@ -42,7 +46,6 @@ void check_activations(const char* op, const char* argument, const Tensor& x) {
   TORCHWELD_CHECK(x.dim() == 4, op, argument, "4 dimensions [N, C, H, W]", ops::shape_string(x));
   TORCHWELD_CHECK(to_dtype(x.scalar_type()), op, argument, "float32, float64, bfloat16 or float16",
                   dtype_name(x.scalar_type()));
-  check_cpu(op, argument, x);
 }
 
 void check_same(const char* op, const char* argument, const OptionalTensor& tensor,
@@ -53,7 +56,7 @@ void check_same(const char* op, const char* argument, const OptionalTensor& tens
                   "shape " << shape_string(shape), ops::shape_string(*tensor));
   TORCHWELD_CHECK(tensor->scalar_type() == like.scalar_type(), op, argument,
                   dtype_name(like.scalar_type()), dtype_name(tensor->scalar_type()));
-  check_cpu(op, argument, *tensor);
+  check_device(op, argument, *tensor, like);
 }
 
 void check_channels(const char* op, const char* argument, const OptionalTensor& tensor,
@@ -66,15 +69,16 @@ void check_channels(const char* op, const char* argument, const OptionalTensor& 
   TORCHWELD_CHECK(
       tensor->scalar_type() == type || (half && tensor->scalar_type() == ScalarType::Float), op,
       argument, dtype_name(type) << (half ? " or float32" : ""), dtype_name(tensor->scalar_type()));
-  check_cpu(op, argument, *tensor);
+  check_device(op, argument, *tensor, like);
 }
 
-void check_doubles(const char* op, const char* argument, const Tensor& tensor, int64_t size) {
+void check_doubles(const char* op, const char* argument, const Tensor& tensor, int64_t size,
+                   const Tensor& like) {
   TORCHWELD_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
                       tensor.size(0) == size && tensor.is_contiguous(),
                   op, argument, "a contiguous float64 tensor of shape [" << size << "]",
                   dtype_name(tensor.scalar_type()) << " of shape " << ops::shape_string(tensor));
-  check_cpu(op, argument, tensor);
+  check_device(op, argument, tensor, like);
 }
 
 void check_weight(const char* op, const Tensor& weight, const Convolution& conv) {
@@ -86,7 +90,6 @@ void check_weight(const char* op, const Tensor& weight, const Convolution& conv)
                   ops::shape_string(weight));
   TORCHWELD_CHECK(conv.groups > 0 && weight.size(0) % conv.groups == 0, op, "groups",
                   "a divisor of the " << weight.size(0) << " output channels", conv.groups);
-  check_cpu(op, "weight", weight);
 }
 
 IntList check_convolution(const char* op, const Tensor& input, const Tensor& weight,
@@ -112,6 +115,56 @@ IntList check_convolution(const char* op, const Tensor& input, const Tensor& wei
     shape.push_back((padded - kernel) / conv.stride[i] + 1);
   }
   return shape;
+}
+
+void check_batch_norm(const char* op, const Tensor& input, const BatchNormArguments& arguments) {
+  check_activations(op, "input", input);
+  const int64_t channels = input.size(1);
+  check_doubles(op, "mean", arguments.mean, channels, input);
+  check_doubles(op, "invstd", arguments.invstd, channels, input);
+  check_channels(op, "bn_weight", arguments.weight, channels, input);
+  check_channels(op, "bn_bias", arguments.bias, channels, input);
+  check_same(op, "residual", arguments.residual, shape_of(input), input);
+}
+
+void check_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
+                         const Tensor& var, int64_t count) {
+  const char* op = "update_running_stats";
+  TORCHWELD_CHECK(mean.dim() == 1, op, "mean", "1 dimension", ops::shape_string(mean));
+  const int64_t channels = mean.size(0);
+  check_doubles(op, "mean", mean, channels, mean);
+  check_doubles(op, "var", var, channels, mean);
+  for (const Tensor* running : {&running_mean, &running_var}) {
+    const char* argument = running == &running_mean ? "running_mean" : "running_var";
+    TORCHWELD_CHECK(to_dtype(running->scalar_type()), op, argument,
+                    "float32, float64, bfloat16 or float16", dtype_name(running->scalar_type()));
+    TORCHWELD_CHECK(running->dim() == 1 && running->size(0) == channels && running->is_contiguous(),
+                    op, argument, "a contiguous [" << channels << "]", ops::shape_string(*running));
+    check_device(op, argument, *running, mean);
+  }
+  TORCHWELD_CHECK(count == 0 || count > 1, op, "count",
+                  "more than 1 value per channel, for the unbiased variance, or 0", count);
+}
+
+IntList shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+MemoryFormat format_of(const Tensor& x) {
+  return x.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
+}
+
+Tensor dense(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  return torch::stable::contiguous(
+      x, x.stride(1) == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor laid_out_as(const Tensor& x, const Tensor& tensor) {
+  return torch::stable::contiguous(tensor, format_of(x));
+}
+
+Tensor nothing(const Tensor& like) {
+  const int64_t size = 0;
+  return torch::stable::new_empty(like, {&size, 1});
 }
 
 }  // namespace torchweld::ops

@@ -22,19 +22,46 @@ IntList check_convolution(const char* op, const Tensor& input, const Tensor& wei
 // Throws unless the weight and the arguments can be those of a convolution.
 void check_weight(const char* op, const Tensor& weight, const Convolution& conv);
 
-// Throws unless x is a 4-D tensor of a supported dtype on the CPU.
+// Throws unless x is a 4-D tensor of a supported dtype.
 void check_activations(const char* op, const char* argument, const Tensor& x);
 
-// Throws unless the tensor, if there is one, has this shape and the dtype of `like`.
+// Throws unless the tensor, if there is one, has this shape and the dtype and device of `like`.
 void check_same(const char* op, const char* argument, const OptionalTensor& tensor,
                 const IntList& shape, const Tensor& like);
 
-// Throws unless the tensor, if there is one, has `channels` elements of a dtype batch norm mixes
-// with `like`: its own, or float32 beside a 16-bit one.
+// Throws unless the tensor, if there is one, has `channels` elements on the device of `like`, of a
+// dtype batch norm mixes with it: its own, or float32 beside a 16-bit one.
 void check_channels(const char* op, const char* argument, const OptionalTensor& tensor,
                     int64_t channels, const Tensor& like);
 
-// Throws unless the tensor holds `size` float64.
-void check_doubles(const char* op, const char* argument, const Tensor& tensor, int64_t size);
+// Throws unless the tensor holds `size` float64 on the device of `like`.
+void check_doubles(const char* op, const char* argument, const Tensor& tensor, int64_t size,
+                   const Tensor& like);
+
+// Throws unless batch norm's arguments apart from the convolution fit the input.
+struct BatchNormArguments {
+  const Tensor &mean, &invstd;
+  const OptionalTensor &weight, &bias, &residual;
+};
+void check_batch_norm(const char* op, const Tensor& input, const BatchNormArguments& arguments);
+
+// Throws unless running statistics can be moved towards those of `count` values.
+void check_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,
+                         const Tensor& var, int64_t count);
+
+IntList shape_of(const Tensor& x);  // of 4 dimensions
+
+// --- memory --------------------------------------------------------------------------------------
+// What torch calls the memory of a dense tensor: contiguous, where it could be called either.
+torch::headeronly::MemoryFormat format_of(const Tensor& x);
+
+// A tensor the kernels can walk: contiguous or channels_last.
+Tensor dense(const Tensor& x);
+
+// The tensor in x's memory order.
+Tensor laid_out_as(const Tensor& x, const Tensor& tensor);
+
+// In place of a gradient nobody asked for.
+Tensor nothing(const Tensor& like);
 
 }  // namespace torchweld::ops

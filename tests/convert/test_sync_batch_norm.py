@@ -75,17 +75,25 @@ def synchronized(model):
     return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
 
 
-def worker(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def worker(rank, folder, device="cpu", backend="gloo"):
+    """One of two processes; tests/cuda runs it on a GPU."""
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+
+    def make_here(name):
+        model, x, counts = make(name)
+        return model.to(device), x.to(device), counts
+
     results = {}
     for name in CASES:
-        model, x, counts = make(name)
+        model, x, counts = make_here(name)
         welded = tw.weld(synchronized(model))
         results[name] = train(welded, x.split(counts)[rank])
         results[name]["report"] = [row.detail for row in tw.report(welded).converted]
 
-    model, x, _ = make("even")
+    model, x, _ = make_here("even")
     ddp = nn.parallel.DistributedDataParallel(tw.weld(synchronized(model)))
     for _ in range(2):
         ddp.zero_grad()
@@ -93,8 +101,8 @@ def worker(rank, folder):
     if rank == 0:  # evaluation exchanges nothing: the other process does not take part
         results["eval"] = ddp.module.eval()(x).detach()
 
-    model, x, _ = make("one value each")
-    try:
+    model, x, _ = make_here("one value each")
+    try:  # which on a GPU the host would have to wait to know
         tw.weld(synchronized(model))(x[: 1 - rank])
     except ValueError as error:
         results["one value"] = str(error)

@@ -365,3 +365,5 @@ template <class T>
 void __stcg(T* to, T value) {
   *to = value;
 }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }

@@ -2,11 +2,9 @@
 
 import hashlib
 import itertools
-import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,18 +12,19 @@ import torch.nn.functional as F
 import torchweld as tw
 from torchweld import _C
 
-from tests.reference.conv_bn_relu import ACTIVATIONS, fused, make_problem, stock
+from tests.reference.conv_bn_relu import (
+    ACTIVATIONS,
+    check_against_stock,
+    error,
+    fused,
+    make_problem,
+    stock,
+)
 from tests.tolerances import ROUNDOFF
 
 ops = torch.ops.torchweld
 DTYPES = list(ROUNDOFF)
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    expected = expected.detach().double()
-    difference = (actual.detach().double() - expected).norm()
-    return (difference / expected.norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
@@ -37,38 +36,7 @@ def test_error_is_no_more_than_twice_that_of_stock(seed, dtype, layout):
     bn_dtype = torch.float32 if half and seed % 2 else dtype
     problem = make_problem(2 * seed + LAYOUTS.index(layout)).to(dtype, bn_dtype)
     problem.input = problem.input.contiguous(memory_format=layout)
-    exact, ours, theirs = problem.to(torch.float64).leaves(), problem.leaves(), problem.leaves()
-    outputs = [run(p) for run, p in ((stock, exact), (fused, ours), (stock, theirs))]
-    torch.manual_seed(1)
-    with torch.no_grad():
-        z = stock(replace(exact, activation="identity", momentum=0.0))
-    # No gradient where rounding alone decides which piece of the activation a value falls on.
-    border = torch.stack([(z - b).abs() for b in (-3, 0, 3, 6)]).amin(0) < 0.05
-    grad = torch.randn(z.shape).masked_fill(border, 0).to(dtype)
-    for output in outputs:
-        output.backward(grad.to(output.dtype))
-
-    def check(name, actual, expected, other):
-        assert actual.dtype == other.dtype
-        assert actual.shape == other.shape
-        # Plus a few roundings: in float64 stock is the reference itself, elsewhere it may be lucky.
-        roundings = 1000 if actual.dtype == torch.float64 else 4
-        stocks = error(other, expected)
-        if math.isnan(stocks):  # a dilated bfloat16 weight gradient may be; see the next test
-            stocks = 0.0
-        bound = 2 * stocks + roundings * ROUNDOFF[actual.dtype]
-        assert error(actual, expected) <= bound, name
-
-    assert outputs[1].stride() == outputs[2].stride()
-    check("output", outputs[1], outputs[0], outputs[2])
-    expected, others = exact.gradients(), theirs.gradients()
-    for name, actual in ours.gradients().items():
-        if name == "bias" and not problem.frozen:
-            assert torch.equal(actual, torch.zeros_like(actual))
-        else:
-            check(name, actual, expected[name], others[name])
-    for name in ("running_mean", "running_var"):
-        check(name, *(getattr(p, name) for p in (ours, exact, theirs)))
+    check_against_stock(problem)
 
 
 def test_bfloat16_weight_gradient_of_a_dilated_convolution():

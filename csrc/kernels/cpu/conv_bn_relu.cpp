@@ -1,6 +1,4 @@
-#include "kernels/conv_bn_relu.h"
-
-#include "kernels/cpu/activation.h"
+#include "kernels/conv_bn_relu_math.h"
 #include "kernels/cpu/loop.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
@@ -53,24 +51,6 @@ void for_each_tile(const Runs& runs, const F& f) {
     f(first, Runs{rest < step ? rest : step, runs.size, runs.stride});
   }
 }
-
-// Adds a tile of `size` values per column to the statistics of `count` others, by Chan's formula
-// (Chan, Golub, LeVeque 1979). The tile's sums are of deviations from a center in the arithmetic
-// type and of their squares; what the center misses of the tile's mean, their sum knows.
-struct Merge {
-  double count, size;
-  double inverse = 1 / size;
-  double weight = size / (count + size);
-
-  template <class V>
-  void operator()(V center, V deviations, V squares, V& mean, V& m2) const {
-    const V zero{};
-    const V inside = squares - deviations * deviations * inverse;
-    const V delta = center + deviations * inverse - mean;
-    mean += delta * weight;
-    m2 += (inside < zero ? zero : inside) + delta * delta * (count * weight);
-  }
-};
 
 // The statistics of kRegisters of columns. Deviations are taken from the mean of the tiles before:
 // should it be far off, the merge adds more to m2 than the squares have lost. The first tile, which
@@ -222,7 +202,7 @@ struct Normalize {
     return activate.gradient(load(grad_y + run + offset, part), z);
   }
 
-  Activate<kActivation, Vec> activate;
+  Activate<kActivation, T> activate;
   ChannelCoefficients columns;
   const T* x;
   const T* residual;

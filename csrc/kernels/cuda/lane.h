@@ -67,8 +67,14 @@ TORCHWELD_INLINE T from_vec(typename Math<T>::Vec x) {
   } else if constexpr (__is_same(T, Float16)) {
     return {__half_as_ushort(__float2half_rn(x))};
   } else {
+#if defined(__CUDA_ARCH__)
+    uint16_t rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+    return {rounded};
+#else
     const uint32_t bits = bits_of(x), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     return {static_cast<uint16_t>((x == x ? rounded : bits | 0x400000u) >> 16)};
+#endif
   }
 }
 

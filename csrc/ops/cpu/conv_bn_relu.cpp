@@ -54,12 +54,6 @@ Tensor to_tensor(const Channels& values, ScalarType type = ScalarType::Double) {
   return tensor;
 }
 
-// In place of a gradient nobody asked for.
-Tensor nothing(const Tensor& like) {
-  const int64_t size = 0;
-  return torch::stable::new_empty(like, {&size, 1});
-}
-
 BatchNorm batch_norm(const char* op, int64_t channels, Channels mean, Channels invstd,
                      const OptionalTensor& weight, const OptionalTensor& bias,
                      const std::string& activation, double negative_slope) {
@@ -76,8 +70,6 @@ Channels inverse_std(Channels var, double eps) {
   for (double& v : var) v = 1 / std::sqrt(v + eps);
   return var;
 }
-
-IntList shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
 
 // --- training and frozen forward -----------------------------------------------------------------
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
@@ -217,8 +209,8 @@ Gradients conv_bn_relu_backward(Tensor grad_output, Tensor input, Tensor weight,
                                 std::vector<bool> output_mask) {
   const char* op = "conv_bn_relu_backward";
   const int64_t channels = weight.size(0);
-  check_doubles(op, "mean", mean, channels);
-  check_doubles(op, "invstd", invstd, channels);
+  check_doubles(op, "mean", mean, channels, input);
+  check_doubles(op, "invstd", invstd, channels, input);
   const BatchNorm bn =
       batch_norm(op, channels, read_channels(mean, channels), read_channels(invstd, channels),
                  bn_weight, bn_bias, activation, negative_slope);
@@ -268,24 +260,9 @@ void move_towards(const Tensor& running, const Channels& batch, double momentum)
 
 void update_running_stats(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var,
                           int64_t count, double momentum) {
-  const char* op = "update_running_stats";
-  TORCHWELD_CHECK(mean.dim() == 1, op, "mean", "1 dimension", shape_string(mean));
-  const int64_t channels = mean.size(0);
-  check_doubles(op, "mean", mean, channels);
-  check_doubles(op, "var", var, channels);
-  for (const Tensor* pointer : {&running_mean, &running_var}) {
-    const Tensor& running = *pointer;
-    const char* argument = pointer == &running_mean ? "running_mean" : "running_var";
-    TORCHWELD_CHECK(to_dtype(running.scalar_type()), op, argument,
-                    "float32, float64, bfloat16 or float16", dtype_name(running.scalar_type()));
-    TORCHWELD_CHECK(running.dim() == 1 && running.size(0) == channels && running.is_contiguous() &&
-                        running.is_cpu(),
-                    op, argument, "a contiguous [" << channels << "] on the CPU",
-                    shape_string(running));
-  }
-  TORCHWELD_CHECK(count == 0 || count > 1, op, "count",
-                  "more than 1 value per channel, for the unbiased variance, or 0", count);
+  check_running_stats(running_mean, running_var, mean, var, count);
   if (count == 0) return;  // an empty batch says nothing
+  const int64_t channels = mean.size(0);
   Channels unbiased = read_channels(var, channels);
   for (double& v : unbiased) v *= static_cast<double>(count) / static_cast<double>(count - 1);
   move_towards(running_mean, read_channels(mean, channels), momentum);
@@ -304,13 +281,8 @@ BatchNorm checked_batch_norm(const char* op, const Tensor& input, const Tensor& 
                              const Tensor& invstd, const OptionalTensor& bn_weight,
                              const OptionalTensor& bn_bias, const OptionalTensor& residual,
                              const std::string& activation, double negative_slope) {
-  check_activations(op, "input", input);
+  check_batch_norm(op, input, {mean, invstd, bn_weight, bn_bias, residual});
   const int64_t channels = input.size(1);
-  check_doubles(op, "mean", mean, channels);
-  check_doubles(op, "invstd", invstd, channels);
-  check_channels(op, "bn_weight", bn_weight, channels, input);
-  check_channels(op, "bn_bias", bn_bias, channels, input);
-  check_same(op, "residual", residual, shape_of(input), input);
   return batch_norm(op, channels, read_channels(mean, channels), read_channels(invstd, channels),
                     bn_weight, bn_bias, activation, negative_slope);
 }
@@ -350,9 +322,9 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor i
                                           activation, negative_slope);
   const int64_t channels = input.size(1);
   check_same(op, "grad_output", grad_output, shape_of(input), input);
-  check_doubles(op, "sum_g", sum_g, channels);
-  check_doubles(op, "sum_g_xhat", sum_g_xhat, channels);
-  check_doubles(op, "count", count, 1);
+  check_doubles(op, "sum_g", sum_g, channels, input);
+  check_doubles(op, "sum_g_xhat", sum_g_xhat, channels, input);
+  check_doubles(op, "count", count, 1, input);
   const NoGradGuard no_grad;
   const Tensor x = dense(input);
   const Tensor grad_y = laid_out_as(x, grad_output);

@@ -67,12 +67,6 @@ bool clamp(kernels::Activation activation, kernels::EpilogueOf<T>& epilogue) {
 
 }  // namespace
 
-Tensor dense(const Tensor& x) {
-  if (x.is_contiguous()) return x;
-  return torch::stable::contiguous(
-      x, x.stride(1) == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                 const Convolution& conv, Moments* moments) {
   if (is_ours(input, weight)) {

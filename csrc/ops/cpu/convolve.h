@@ -6,9 +6,6 @@
 
 namespace torchweld::ops {
 
-// A tensor the kernels can walk: contiguous or channels_last.
-Tensor dense(const Tensor& x);
-
 // The convolution's output, dense. Also its statistics, if `moments` is not null.
 Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                 const Convolution& conv, Moments* moments);

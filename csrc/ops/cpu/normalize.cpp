@@ -21,20 +21,9 @@ void* mutable_at(const Tensor& tensor, const Task& task) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + offset_bytes(tensor, task);
 }
 
-torch::headeronly::MemoryFormat format_of(const Tensor& x) {
-  using torch::headeronly::MemoryFormat;
-  return x.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
-}
-
 }  // namespace
 
-Tensor laid_out_as(const Tensor& x, const Tensor& tensor) {
-  return torch::stable::contiguous(tensor, format_of(x));
-}
-
-Tensor empty_as(const Tensor& x) {
-  return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), format_of(x));
-}
+Tensor empty_as(const Tensor& x) { return empty(shape_of(x), x.scalar_type(), format_of(x)); }
 
 Moments moments_of(const Tensor& x) {
   const Tiling tiling(x);
@@ -65,15 +54,16 @@ Normalization::Normalization(const Tensor& x, const BatchNorm& bn, const Optiona
     : x_(x),
       bn_(bn),
       tiling_(x),
-      mean_(tiling_, [&](int64_t c) { return rounded(c); }),
+      mean_(tiling_, [&](int64_t c) { return bn.mean[c]; }),
       scale_(tiling_, [&](int64_t c) { return bn.scale(c); }),
-      shift_(tiling_, [&](int64_t c) { return bn.bias[c] + lost(c) * bn.scale(c); }) {
+      shift_(tiling_, [&](int64_t c) { return bn.channel(c).shift(lost(c)); }) {
   if (residual) residual_ = laid_out_as(x, *residual);
 }
 
-double Normalization::rounded(int64_t c) const {
-  if (tiling_.dtype() == kernels::DType::float64) return bn_.mean[c];
-  return static_cast<float>(bn_.mean[c]);
+double Normalization::lost(int64_t c) const {
+  const kernels::ChannelNorm channel = bn_.channel(c);
+  return tiling_.dtype() == kernels::DType::float64 ? channel.lost<double>()
+                                                    : channel.lost<float>();
 }
 
 NormalizeArguments Normalization::arguments(const Task& task) const {
@@ -112,7 +102,7 @@ Sums Normalization::reduce(const Tensor& grad_y) const {
     sums.g_xhat[c] += g_d;
   });
   for (int64_t c = 0; c < tiling_.channels(); ++c) {
-    sums.g_xhat[c] = bn_.invstd[c] * (sums.g_xhat[c] + lost(c) * sums.g[c]);
+    sums.g_xhat[c] = bn_.channel(c).sum_g_xhat(sums.g[c], sums.g_xhat[c], lost(c));
   }
   return sums;
 }
@@ -123,18 +113,15 @@ Normalization::Gradient::Gradient(const Normalization& normalization, const Tens
       grad_y_(grad_y),
       grad_residual_(grad_residual),
       frozen_(sums == nullptr),
-      // With xhat = (d + lost) * invstd.
-      slopes_(of_.tiling_,
-              [&](int64_t c) {
-                const BatchNorm& bn = of_.bn_;
-                return sums ? -bn.scale(c) * bn.invstd[c] * sums->g_xhat[c] / count : 0.0;
-              }),
+      slopes_(
+          of_.tiling_,
+          [&](int64_t c) { return sums ? of_.bn_.channel(c).slope(sums->g_xhat[c], count) : 0.0; }),
       offsets_(of_.tiling_,
                [&](int64_t c) {
                  if (!sums) return 0.0;
-                 const BatchNorm& bn = of_.bn_;
-                 const double slope = -bn.scale(c) * bn.invstd[c] * sums->g_xhat[c] / count;
-                 return slope * of_.lost(c) - bn.scale(c) * sums->g[c] / count;
+                 const kernels::ChannelNorm channel = of_.bn_.channel(c);
+                 const double slope = channel.slope(sums->g_xhat[c], count);
+                 return channel.offset(sums->g[c], slope, count, of_.lost(c));
                }),
       kernel_(of_.pick(cpu_kernels().conv_bn_relu->apply)) {}
 

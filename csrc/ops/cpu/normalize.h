@@ -13,7 +13,8 @@ struct BatchNorm {
   kernels::Activation activation;
   double negative_slope;
 
-  double scale(int64_t c) const { return weight[c] * invstd[c]; }
+  kernels::ChannelNorm channel(int64_t c) const { return {mean[c], invstd[c], weight[c], bias[c]}; }
+  double scale(int64_t c) const { return channel(c).scale(); }
 };
 
 Moments moments_of(const Tensor& x);
@@ -22,9 +23,6 @@ Moments moments_of(const Tensor& x);
 struct Sums {
   Channels g, g_xhat;
 };
-
-// The tensor in x's memory order.
-Tensor laid_out_as(const Tensor& x, const Tensor& tensor);
 
 // An uninitialized tensor of x's shape, dtype and memory order. Where x could be called contiguous
 // as well as channels_last it is contiguous, as batch norm's output is in torch.
@@ -71,9 +69,8 @@ class Normalization {
   };
 
  private:
-  // The mean as the kernels subtract it, and what its rounding lost.
-  double rounded(int64_t c) const;
-  double lost(int64_t c) const { return rounded(c) - bn_.mean[c]; }
+  // What rounding the mean to the arithmetic type loses.
+  double lost(int64_t c) const;
   kernels::NormalizeArguments arguments(const Tiling::Task& task) const;
   template <class Table>
   auto pick(const Table& table) const {

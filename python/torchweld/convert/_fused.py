@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchweld import _library
 from torchweld.convert import _rules
 from torchweld.convert._frozen import eps_of
 from torchweld.nn import ConvReLU2d
@@ -20,7 +21,7 @@ from torchweld.nn.sync_batch_norm import SyncBatchNorm, exchanges, sync_batch_no
 from torchweld.ops.conv_bn_relu import conv_relu, inference_only
 
 # Where the fused ops run; "meta" is where shapes are worked out.
-_DEVICES = ("cpu", "meta")
+_DEVICES = ("cpu", "meta", *(("cuda",) if _library.cuda_status == "loaded" else ()))
 
 
 def fused(

@@ -32,7 +32,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Note:
         See :func:`sync_batch_norm_relu`. Without a process group, or alone in it, this is plain
-        batch normalization. Tensors on other devices than the CPU go to the stock class.
+        batch normalization. Tensors on other devices than the CPU go to the stock class, unless
+        :func:`torchweld.weld` fused the layer.
 
     Example:
         >>> import torch, torchweld as tw
@@ -98,7 +99,7 @@ def sync_batch_norm_relu(
 ) -> Tensor:
     r"""Compute ``activation(bn(input) + residual)`` with the statistics of all processes.
 
-    What ``nn.SyncBatchNorm`` computes where it runs at all, which is on no CPU. Every process sends
+    What ``nn.SyncBatchNorm`` computes, which runs on no CPU. Every process sends
     the count of its values, their mean, and the sum of squared deviations from it; merged,
 
     .. math::
@@ -116,7 +117,8 @@ def sync_batch_norm_relu(
         The output, in the shape, dtype and memory format of the input.
 
     Raises:
-        ValueError: if there is one value per channel in all processes together.
+        ValueError: if there is one value per channel in all processes together; on the CPU, as
+            elsewhere the host would have to wait to know.
 
     Note:
         Sums are float64, merged in the order of the ranks: every process gets the same bits. As
@@ -136,15 +138,16 @@ def sync_batch_norm_relu(
             momentum = 1.0 / float(bn.num_batches_tracked)
     with torch.no_grad():
         count, mean, m2 = _merge(_ops.batch_norm_stats(input), bn.process_group)
-        values = int(count)
-        if values == 1:
+        if count.is_cpu and int(count) == 1:
             size = [1, input.shape[1], 1, 1]
             F._verify_batch_size(size)  # type: ignore[attr-defined]
         var = m2 / count.clamp(min=1.0)
         if tracks and bn.running_mean is not None and bn.running_var is not None:
-            _ops.update_running_stats(
-                bn.running_mean, bn.running_var, mean, var, values, momentum or 0.0
-            )
+            # Not update_running_stats, which takes the count as a number. No values move nothing.
+            weight = (momentum or 0.0) * count.clamp(max=1.0)
+            unbiased = m2 / (count - 1.0).clamp(min=1.0)
+            for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
+                running.copy_((1.0 - weight) * running + weight * batch)
         invstd = (var + bn.eps).rsqrt()
     output: Tensor = _Normalize.apply(
         input, bn.weight, bn.bias, residual, mean, invstd, count,

@@ -3,7 +3,9 @@ r"""Convolution, batch norm, residual and activation as functional ops.
 Common to all of them. Activation tensors (input, weight, bias, residual, output, their gradients)
 share one dtype: float32, float64, bfloat16 or float16; ``bn_*`` and ``running_*`` have ``[C]``
 elements of that dtype, or float32 beside a 16-bit one. Memory is contiguous or channels_last;
-others are copied. Batch statistics are float64 ``[C]``. ``activation`` is ``"identity"``,
+others are copied. All tensors are on one device: the CPU, or a GPU where :func:`torchweld.info`
+says that the CUDA half is there; it is compiled and tested in an emulator, not yet run on a GPU.
+Batch statistics are float64 ``[C]``. ``activation`` is ``"identity"``,
 ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"`` or ``"hardswish"``; ``negative_slope`` is that
 of ``"leaky_relu"``. Every op raises RuntimeError, naming op, argument, expected and got, where a
 shape, a dtype or a name does not fit.
@@ -11,7 +13,8 @@ shape, a dtype or a name does not fit.
 Statistics and reductions accumulate in float64 and give the same bits whatever the thread count;
 elementwise arithmetic is float32 (float64 for float64), rounded once. The
 convolution is one of ours where that is expected to be faster (see ``torchweld.config``), else
-ATen's.
+ATen's; on a GPU it is always ATen's. There nothing waits for the device, and everything may be
+captured in a graph.
 """
 
 from __future__ import annotations
@@ -244,8 +247,8 @@ def conv_relu_pack(
 
     Returns:
         Float32 ``[1, 1, 1, L]``, the same for every instruction set. ``L`` is 0 where the
-        convolution is ATen's: for shapes it is faster at, for dtypes but float32 and bfloat16, and
-        for bfloat16 without AVX512-BF16. In bfloat16 an element may hold two values.
+        convolution is ATen's: for shapes it is faster at, for dtypes but float32 and bfloat16, for
+        bfloat16 without AVX512-BF16, and on a GPU. In bfloat16 an element may hold two values.
 
     Raises:
         RuntimeError: if an argument does not fit.

@@ -1,0 +1,457 @@
+#include "ops/conv_bn_relu.h"
+
+#include "kernels/cuda/batch_norm.h"
+#include "ops/check.h"
+#include "ops/cuda/context.h"
+
+namespace torchweld::ops {
+namespace {
+
+using namespace kernels::cuda;
+using kernels::DType;
+using kernels::Layout;
+
+DType dtype_of(const Tensor& tensor) { return *to_dtype(tensor.scalar_type()); }
+
+BatchNormShape batch_norm_shape(const Tensor& x) {
+  return {x.size(0), x.size(1), x.size(2) * x.size(3),
+          x.is_contiguous() ? Layout::planes : Layout::columns, dtype_of(x)};
+}
+
+Tensor empty_as(const Tensor& x) {
+  return torch::stable::empty(shape_of(x), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                              format_of(x));
+}
+
+Tensor doubles(const Tensor& like, int64_t size) {
+  return torch::stable::new_empty(like, IntList{size}, ScalarType::Double);
+}
+
+double* data_of(const Tensor& tensor) { return tensor.mutable_data_ptr<double>(); }
+const double* const_data_of(const Tensor& tensor) { return tensor.const_data_ptr<double>(); }
+
+const void* data_or_null(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+// What batch norm reads of its channels, and the memory it lies in.
+class Norm {
+ public:
+  Norm(const char* op, const std::string& activation, double negative_slope) {
+    input_.invstd.otherwise = input_.weight.otherwise = 1;
+    input_.activation = to_activation(op, activation);
+    input_.negative_slope = negative_slope;
+  }
+
+  Norm& statistics(const Tensor& mean, const Tensor& invstd) {
+    read(mean, input_.mean);
+    read(invstd, input_.invstd);
+    return *this;
+  }
+  Norm& running(const Tensor& mean, const Tensor& var, double eps) {
+    input_.of_variance = true;
+    input_.eps = eps;
+    return statistics(mean, var);
+  }
+  Norm& affine(const OptionalTensor& weight, const OptionalTensor& bias) {
+    if (weight) read(*weight, input_.weight);
+    if (bias) read(*bias, input_.bias);
+    return *this;
+  }
+
+  const BatchNormInput& input() const { return input_; }
+
+ private:
+  void read(const Tensor& tensor, ChannelValues& to) {
+    const Tensor& kept = keep_.emplace_back(torch::stable::contiguous(tensor));
+    to.data = kept.const_data_ptr();
+    to.dtype = dtype_of(kept);
+  }
+
+  BatchNormInput input_{};
+  std::vector<Tensor> keep_;
+};
+
+struct Scratch {
+  explicit Scratch(const Tensor& x) {
+    const int64_t place = scratch.reserve<double>(batch_norm_scratch(batch_norm_shape(x)));
+    scratch.allocate(x);
+    data = scratch.at<double>(place);
+  }
+  CudaScratch scratch;
+  double* data;
+};
+
+void normalize(const CudaContext& context, const Tensor& x, const Norm& norm,
+               const OptionalTensor& residual, const Tensor& y) {
+  OptionalTensor dense_residual;
+  if (residual) dense_residual = laid_out_as(x, *residual);
+  context.check(launch_batch_norm_relu({batch_norm_shape(x), norm.input(), x.const_data_ptr(),
+                                        data_or_null(dense_residual), y.mutable_data_ptr()},
+                                       context.stream()));
+}
+
+Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                const Convolution& conv) {
+  return dense(aten::convolution(input, weight, bias, conv));
+}
+
+// --- training and frozen forward -----------------------------------------------------------------
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
+    Tensor input, Tensor weight, OptionalTensor bias, OptionalTensor bn_weight,
+    OptionalTensor bn_bias, OptionalTensor residual, IntList stride, IntList padding,
+    IntList dilation, int64_t groups, double eps, String activation, double negative_slope) {
+  const char* op = "conv_bn_relu";
+  const Convolution conv{stride, padding, dilation, groups};
+  const IntList shape = check_convolution(op, input, weight, bias, conv);
+  check_channels(op, "bn_weight", bn_weight, shape[1], input);
+  check_channels(op, "bn_bias", bn_bias, shape[1], input);
+  check_same(op, "residual", residual, shape, input);
+  Norm norm(op, activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  const Tensor x = convolve(input, weight, bias, conv);
+  const Tensor mean = doubles(x, shape[1]), invstd = doubles(x, shape[1]),
+               var = doubles(x, shape[1]);
+  const Scratch scratch(x);
+  context.check(launch_batch_norm_statistics({.shape = batch_norm_shape(x),
+                                              .x = x.const_data_ptr(),
+                                              .scratch = scratch.data,
+                                              .eps = eps,
+                                              .count = nullptr,
+                                              .mean = data_of(mean),
+                                              .m2 = nullptr,
+                                              .var = data_of(var),
+                                              .invstd = data_of(invstd)},
+                                             context.stream()));
+  const Tensor output = empty_as(x);
+  normalize(context, x, norm.statistics(mean, invstd).affine(bn_weight, bn_bias), residual, output);
+  return {output, x, mean, invstd, var};
+}
+
+std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, OptionalTensor bias,
+                                               OptionalTensor bn_weight, OptionalTensor bn_bias,
+                                               Tensor running_mean, Tensor running_var,
+                                               OptionalTensor residual, IntList stride,
+                                               IntList padding, IntList dilation, int64_t groups,
+                                               double eps, String activation,
+                                               double negative_slope) {
+  const char* op = "conv_bn_relu_frozen";
+  const Convolution conv{stride, padding, dilation, groups};
+  const IntList shape = check_convolution(op, input, weight, bias, conv);
+  check_channels(op, "bn_weight", bn_weight, shape[1], input);
+  check_channels(op, "bn_bias", bn_bias, shape[1], input);
+  check_channels(op, "running_mean", running_mean, shape[1], input);
+  check_channels(op, "running_var", running_var, shape[1], input);
+  check_same(op, "residual", residual, shape, input);
+  Norm norm(op, activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  norm.running(running_mean, running_var, eps).affine(bn_weight, bn_bias);
+  const Tensor x = convolve(input, weight, bias, conv);
+  const Tensor output = empty_as(x);
+  normalize(context, x, norm, residual, output);
+  return {output, x};
+}
+
+Tensor conv_relu(Tensor input, Tensor weight, OptionalTensor, OptionalTensor bias,
+                 OptionalTensor residual, IntList stride, IntList padding, IntList dilation,
+                 int64_t groups, String activation, double negative_slope) {
+  const char* op = "conv_relu";
+  const Convolution conv{stride, padding, dilation, groups};
+  const IntList shape = check_convolution(op, input, weight, bias, conv);
+  check_same(op, "residual", residual, shape, input);
+  TORCHWELD_CHECK(input.is_cuda(), op, "input", "a tensor on CUDA, as packed_weight is",
+                  "one on another device");
+  Norm norm(op, activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  norm.affine(std::nullopt, bias);
+  const Tensor output = convolve(input, weight, std::nullopt, conv);
+  normalize(context, output, norm, residual, output);
+  return output;
+}
+
+// The convolution is ATen's: nothing is packed.
+Tensor conv_relu_pack(Tensor weight, IntList stride, IntList padding, IntList dilation,
+                      int64_t groups) {
+  check_weight("conv_relu_pack", weight, {stride, padding, dilation, groups});
+  return torch::stable::new_empty(weight, IntList{1, 1, 1, 0}, ScalarType::Float);
+}
+
+// --- backward ------------------------------------------------------------------------------------
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Sums {
+  Tensor g, g_xhat;
+};
+
+// Per channel; also as gradients of parameters, where there is a tensor for one.
+Sums reduce(const CudaContext& context, const Tensor& x, const Norm& norm,
+            const OptionalTensor& residual, const Tensor& grad_y,
+            const OptionalTensor& grad_bn_weight = std::nullopt,
+            const OptionalTensor& grad_bn_bias = std::nullopt,
+            const OptionalTensor& grad_bias = std::nullopt) {
+  const auto result = [](const OptionalTensor& tensor) {
+    return tensor ? ChannelResult{tensor->mutable_data_ptr(), dtype_of(*tensor)} : ChannelResult{};
+  };
+  const Sums sums{doubles(x, x.size(1)), doubles(x, x.size(1))};
+  const Scratch scratch(x);
+  context.check(launch_batch_norm_relu_reduce({.shape = batch_norm_shape(x),
+                                               .bn = norm.input(),
+                                               .x = x.const_data_ptr(),
+                                               .residual = data_or_null(residual),
+                                               .grad_y = grad_y.const_data_ptr(),
+                                               .scratch = scratch.data,
+                                               .sum_g = data_of(sums.g),
+                                               .sum_g_xhat = data_of(sums.g_xhat),
+                                               .grad_weight = result(grad_bn_weight),
+                                               .grad_bias = result(grad_bn_bias),
+                                               .grad_shift = result(grad_bias)},
+                                              context.stream()));
+  return sums;
+}
+
+// Gradients for input, weight, bias, bn_weight, bn_bias and residual, as output_mask asks; an empty
+// tensor for each of the others.
+Gradients backward(const CudaContext& context, const Tensor& grad_output, const Tensor& input,
+                   const Tensor& weight, const OptionalTensor& bn_weight,
+                   const OptionalTensor& bn_bias, const OptionalTensor& residual,
+                   const Tensor& conv_output, const Norm& norm, const Convolution& conv,
+                   const std::vector<bool>& output_mask, bool frozen) {
+  const Tensor x = dense(conv_output), grad_y = laid_out_as(x, grad_output);
+  OptionalTensor dense_residual;
+  if (residual) dense_residual = laid_out_as(x, *residual);
+  const bool conv_grad = output_mask[0] || output_mask[1];
+
+  OptionalTensor of_bias, of_bn_weight, of_bn_bias, grad_x, of_residual;
+  const IntList channels{x.size(1)};
+  if (output_mask[2]) {
+    // Batch statistics take a constant back out of every channel: the exact gradient is 0.
+    of_bias = frozen ? torch::stable::new_empty(input, channels)
+                     : torch::stable::new_zeros(input, channels);
+  }
+  if (output_mask[3]) of_bn_weight = torch::stable::new_empty(bn_weight.value_or(input), channels);
+  if (output_mask[4]) of_bn_bias = torch::stable::new_empty(bn_bias.value_or(input), channels);
+  std::optional<Sums> sums;
+  if (output_mask[3] || output_mask[4] || (frozen ? output_mask[2] : conv_grad)) {
+    sums = reduce(context, x, norm, dense_residual, grad_y, of_bn_weight, of_bn_bias,
+                  frozen ? of_bias : std::nullopt);
+  }
+
+  if (conv_grad) grad_x = empty_as(x);
+  if (output_mask[5]) of_residual = empty_as(x);
+  if (grad_x || of_residual) {
+    const bool constant = frozen || !conv_grad;
+    context.check(launch_batch_norm_relu_apply(
+        {.shape = batch_norm_shape(x),
+         .bn = norm.input(),
+         .x = x.const_data_ptr(),
+         .residual = data_or_null(dense_residual),
+         .grad_y = grad_y.const_data_ptr(),
+         .sum_g = constant ? nullptr : const_data_of(sums->g),
+         .sum_g_xhat = constant ? nullptr : const_data_of(sums->g_xhat),
+         .count = nullptr,
+         .grad_x = grad_x ? grad_x->mutable_data_ptr() : nullptr,
+         .grad_residual = of_residual ? of_residual->mutable_data_ptr() : nullptr},
+        context.stream()));
+  }
+  std::tuple<Tensor, Tensor> of_conv;
+  if (conv_grad) {
+    of_conv =
+        aten::convolution_backward(*grad_x, input, weight, conv, output_mask[0], output_mask[1]);
+  }
+  const auto or_nothing = [&](const OptionalTensor& gradient) {
+    return gradient ? *gradient : nothing(input);
+  };
+  return {output_mask[0] ? std::get<0>(of_conv) : nothing(input),
+          output_mask[1] ? std::get<1>(of_conv) : nothing(input),
+          or_nothing(of_bias),
+          or_nothing(of_bn_weight),
+          or_nothing(of_bn_bias),
+          or_nothing(of_residual)};
+}
+
+void check_backward(const char* op, const Tensor& grad_output, const Tensor& input,
+                    const Tensor& weight, const OptionalTensor& bn_weight,
+                    const OptionalTensor& bn_bias, const OptionalTensor& residual,
+                    const Tensor& conv_output, const Convolution& conv,
+                    const std::vector<bool>& output_mask) {
+  const IntList shape = check_convolution(op, input, weight, std::nullopt, conv);
+  TORCHWELD_CHECK(output_mask.size() == 6, op, "output_mask", "6 values", output_mask.size());
+  check_same(op, "conv_output", conv_output, shape, input);
+  check_same(op, "grad_output", grad_output, shape, input);
+  check_channels(op, "bn_weight", bn_weight, shape[1], input);
+  check_channels(op, "bn_bias", bn_bias, shape[1], input);
+  check_same(op, "residual", residual, shape, input);
+}
+
+Gradients conv_bn_relu_backward(Tensor grad_output, Tensor input, Tensor weight,
+                                OptionalTensor bn_weight, OptionalTensor bn_bias,
+                                OptionalTensor residual, Tensor conv_output, Tensor mean,
+                                Tensor invstd, IntList stride, IntList padding, IntList dilation,
+                                int64_t groups, String activation, double negative_slope,
+                                std::vector<bool> output_mask) {
+  const char* op = "conv_bn_relu_backward";
+  const Convolution conv{stride, padding, dilation, groups};
+  check_backward(op, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, conv,
+                 output_mask);
+  check_doubles(op, "mean", mean, weight.size(0), input);
+  check_doubles(op, "invstd", invstd, weight.size(0), input);
+  Norm norm(op, activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  norm.statistics(mean, invstd).affine(bn_weight, bn_bias);
+  return backward(context, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output,
+                  norm, conv, output_mask, false);
+}
+
+Gradients conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor weight,
+                                       OptionalTensor bn_weight, OptionalTensor bn_bias,
+                                       Tensor running_mean, Tensor running_var,
+                                       OptionalTensor residual, Tensor conv_output, IntList stride,
+                                       IntList padding, IntList dilation, int64_t groups,
+                                       double eps, String activation, double negative_slope,
+                                       std::vector<bool> output_mask) {
+  const char* op = "conv_bn_relu_frozen_backward";
+  const Convolution conv{stride, padding, dilation, groups};
+  check_backward(op, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, conv,
+                 output_mask);
+  check_channels(op, "running_mean", running_mean, weight.size(0), input);
+  check_channels(op, "running_var", running_var, weight.size(0), input);
+  Norm norm(op, activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  norm.running(running_mean, running_var, eps).affine(bn_weight, bn_bias);
+  return backward(context, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output,
+                  norm, conv, output_mask, true);
+}
+
+// --- statistics ----------------------------------------------------------------------------------
+void update_running_stats(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var,
+                          int64_t count, double momentum) {
+  check_running_stats(running_mean, running_var, mean, var, count);
+  if (count == 0) return;  // an empty batch says nothing
+  const CudaContext context("update_running_stats", mean);
+  const double values = static_cast<double>(count);
+  context.check(launch_update_running_stats(
+      {.channels = mean.size(0),
+       .running_mean = {running_mean.mutable_data_ptr(), dtype_of(running_mean)},
+       .running_var = {running_var.mutable_data_ptr(), dtype_of(running_var)},
+       .mean = const_data_of(mean),
+       .var = const_data_of(var),
+       .correction = values / (values - 1),
+       .momentum = momentum},
+      context.stream()));
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_stats(Tensor input) {
+  const char* op = "batch_norm_stats";
+  check_activations(op, "input", input);
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  const Tensor x = dense(input);
+  const Tensor count = doubles(x, 1), mean = doubles(x, x.size(1)), m2 = doubles(x, x.size(1));
+  const Scratch scratch(x);
+  context.check(launch_batch_norm_statistics({.shape = batch_norm_shape(x),
+                                              .x = x.const_data_ptr(),
+                                              .scratch = scratch.data,
+                                              .eps = 0,
+                                              .count = data_of(count),
+                                              .mean = data_of(mean),
+                                              .m2 = data_of(m2),
+                                              .var = nullptr,
+                                              .invstd = nullptr},
+                                             context.stream()));
+  return {count, mean, m2};
+}
+
+// --- normalize apart from the convolution --------------------------------------------------------
+Tensor batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
+                       OptionalTensor bn_bias, OptionalTensor residual, String activation,
+                       double negative_slope) {
+  const char* op = "batch_norm_relu";
+  check_batch_norm(op, input, {mean, invstd, bn_weight, bn_bias, residual});
+  Norm norm(op, activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  const Tensor x = dense(input);
+  const Tensor output = empty_as(x);
+  normalize(context, x, norm.statistics(mean, invstd).affine(bn_weight, bn_bias), residual, output);
+  return output;
+}
+
+std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
+    Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
+    OptionalTensor bn_bias, OptionalTensor residual, String activation, double negative_slope) {
+  const char* op = "batch_norm_relu_backward_reduce";
+  check_batch_norm(op, input, {mean, invstd, bn_weight, bn_bias, residual});
+  check_same(op, "grad_output", grad_output, shape_of(input), input);
+  Norm norm(op, activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  const Tensor x = dense(input);
+  if (residual) residual = laid_out_as(x, *residual);
+  const Sums sums = reduce(context, x, norm.statistics(mean, invstd).affine(bn_weight, bn_bias),
+                           residual, laid_out_as(x, grad_output));
+  return {sums.g, sums.g_xhat};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor mean,
+                                                    Tensor invstd, OptionalTensor bn_weight,
+                                                    OptionalTensor bn_bias, OptionalTensor residual,
+                                                    Tensor sum_g, Tensor sum_g_xhat, Tensor count,
+                                                    String activation, double negative_slope) {
+  const char* op = "batch_norm_relu_backward";
+  check_batch_norm(op, input, {mean, invstd, bn_weight, bn_bias, residual});
+  check_same(op, "grad_output", grad_output, shape_of(input), input);
+  check_doubles(op, "sum_g", sum_g, input.size(1), input);
+  check_doubles(op, "sum_g_xhat", sum_g_xhat, input.size(1), input);
+  check_doubles(op, "count", count, 1, input);
+  Norm norm(op, activation, negative_slope);
+
+  const NoGradGuard no_grad;
+  const CudaContext context(op, input);
+  norm.statistics(mean, invstd).affine(bn_weight, bn_bias);
+  const Tensor x = dense(input), grad_y = laid_out_as(x, grad_output);
+  if (residual) residual = laid_out_as(x, *residual);
+  const Tensor grad_x = empty_as(x), grad_residual = residual ? empty_as(x) : nothing(x);
+  context.check(launch_batch_norm_relu_apply(
+      {.shape = batch_norm_shape(x),
+       .bn = norm.input(),
+       .x = x.const_data_ptr(),
+       .residual = data_or_null(residual),
+       .grad_y = grad_y.const_data_ptr(),
+       .sum_g = const_data_of(sum_g),
+       .sum_g_xhat = const_data_of(sum_g_xhat),
+       .count = const_data_of(count),
+       .grad_x = grad_x.mutable_data_ptr(),
+       .grad_residual = residual ? grad_residual.mutable_data_ptr() : nullptr},
+      context.stream()));
+  return {grad_x, grad_residual};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchweld, CUDA, m) {
+  m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu));
+  m.impl("conv_bn_relu_backward", TORCH_BOX(&conv_bn_relu_backward));
+  m.impl("conv_bn_relu_frozen", TORCH_BOX(&conv_bn_relu_frozen));
+  m.impl("conv_bn_relu_frozen_backward", TORCH_BOX(&conv_bn_relu_frozen_backward));
+  m.impl("conv_relu", TORCH_BOX(&conv_relu));
+  m.impl("conv_relu_pack", TORCH_BOX(&conv_relu_pack));
+  m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
+  m.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats));
+  m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));
+  m.impl("batch_norm_relu_backward_reduce", TORCH_BOX(&batch_norm_relu_backward_reduce));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
+}
+
+}  // namespace torchweld::ops
