@@ -7,6 +7,7 @@
 #include "buffer.h"
 #include "check.h"
 #include "kernels/cuda/linear_int4.h"
+#include "kernels/cuda/linear_rows.h"
 #include "kernels/cuda/quantized_linear.h"
 
 using namespace torchweld::kernels;
@@ -201,6 +202,71 @@ void check(const Shape& shape, Path path) {
   same("output", result.output, expected.output);
 }
 
+// The gradient against sums in double.
+template <class T>
+void check_gradient(const Shape& shape, DType dtype) {
+  const Layer layer(shape);
+  const int64_t m = layer.m, n = layer.n, k = layer.k, stride = round_up(n, 8);
+  const int parts = int4_gradient_parts(dtype);
+  const Array<T> grad(m * n), output(m * k);
+  std::mt19937 random(2);
+  std::uniform_real_distribution<float> uniform(-2, 2);
+  for (int64_t i = 0; i < m * n; ++i) grad[i] = from_vec<T>(uniform(random));
+  const Array<BFloat16> laid_out(parts * m * stride);
+  CHECK(launch_lay_out_rows({.input = grad.data(),
+                             .dtype = dtype,
+                             .stride = n,
+                             .rows = m,
+                             .columns = n,
+                             .output = laid_out.data(),
+                             .output_stride = stride,
+                             .parts = parts},
+                            nullptr) == cudaSuccess,
+        "rows");
+  CHECK(launch_linear_int4_backward({.grad = laid_out.data(),
+                                     .grad_stride = stride,
+                                     .rows = m,
+                                     .panels = layer.packed.data(),
+                                     .weight_scale = layer.scale.data(),
+                                     .weight_zero = layer.zero.data(),
+                                     .groups = layer.groups,
+                                     .group_size = layer.group_size,
+                                     .columns = n,
+                                     .in_features = k,
+                                     .output = output.data(),
+                                     .dtype = dtype},
+                                    nullptr) == cudaSuccess,
+        "gradient");
+  const double unit = sizeof(T) == 4 ? 0 : __is_same(T, BFloat16) ? 0x1p-8 : 0x1p-11;
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t i = 0; i < k; ++i) {
+      double expected = 0, magnitude = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t byte =
+            ((j / 16 * layer.groups * layer.group_size / 8 + i / 8) * 16 + j % 16) * 4 + i % 4;
+        const int u = i % 8 < 4 ? layer.packed[byte] & 15 : layer.packed[byte] >> 4;
+        const int64_t at = (j / 16 * layer.groups + i / layer.group_size) * 16 + j % 16;
+        const double weight = (u - layer.zero[at]) * double{widen(layer.scale[at].bits)};
+        const double product = weight * to_vec(grad[row * n + j]);
+        expected += product;
+        magnitude += std::abs(product);
+      }
+      const double actual = to_vec(output[row * k + i]);
+      CHECK(std::abs(actual - expected) <= 4e-7 * magnitude + unit * std::abs(expected),
+            "gradient of %ld x %ld x %ld by %ld, dtype %d at %ld, %ld: %g, not %g",
+            static_cast<long>(m), static_cast<long>(n), static_cast<long>(k),
+            static_cast<long>(layer.group_size), static_cast<int>(dtype), static_cast<long>(row),
+            static_cast<long>(i), actual, expected);
+    }
+  }
+}
+
+void check_gradients(const Shape& shape) {
+  check_gradient<float>(shape, DType::float32);
+  check_gradient<BFloat16>(shape, DType::bfloat16);
+  check_gradient<Float16>(shape, DType::float16);
+}
+
 }  // namespace
 
 int main() {
@@ -236,4 +302,10 @@ int main() {
     check({3, 0, 40, 32}, path);
     check({0, 5, 40, 32}, path);
   }
+  check_gradients({1, 5, 7, 8});
+  check_gradients({3, 0, 40, 8});
+  check_gradients({3, 5, 0, 8});
+  check_gradients({0, 5, 40, 8});
+  check_gradients({70, 49, 130, 24});
+  check_gradients({5, 130, 300, 128});
 }

@@ -48,4 +48,26 @@ inline constexpr int64_t kFewInt4Rows = 32;
 cudaError_t launch_int4_few_rows(const LinearInt4Params&, cudaStream_t);
 cudaError_t launch_int4_tiles(const LinearInt4Params&, int multiprocessors, cudaStream_t);
 
+// The gradient for the input, grad @ weight: products are exact, sums are float32, in an order
+// that only the number of columns decides.
+struct LinearInt4Gradient {
+  const BFloat16*
+      grad;  // in parts, see linear_rows.h: [int4_gradient_parts(dtype)][rows][grad_stride]
+  int64_t grad_stride;  // columns or more, a multiple of 8; zeros behind the last column
+  int64_t rows;
+  const uint8_t* panels;  // aligned to 16
+  const BFloat16* weight_scale;
+  const uint8_t* weight_zero;
+  int64_t groups;
+  int64_t group_size;
+  int64_t columns;  // of the layer
+  int64_t in_features;
+  void* output;  // [rows][in_features]
+  DType dtype;   // the gradient's and the output's
+};
+constexpr int int4_gradient_parts(DType dtype) {
+  return dtype == DType::float32 ? 3 : dtype == DType::float16 ? 2 : 1;
+}
+cudaError_t launch_linear_int4_backward(const LinearInt4Gradient&, cudaStream_t);
+
 }  // namespace torchweld::kernels::cuda

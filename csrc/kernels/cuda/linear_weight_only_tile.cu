@@ -1,4 +1,5 @@
-// The weight-only product of many rows, and how rows are laid out for it.
+// The weight-only product of many rows, and which rows must be laid out for it.
+#include "kernels/cuda/linear_rows.h"
 #include "kernels/cuda/linear_tile.h"
 #include "kernels/cuda/linear_weight_only.h"
 
@@ -36,47 +37,11 @@ cudaError_t launch_of(const WeightOnlyParams& p, const TileSource& source, int m
                                                     : launch_for<T, SmallTile>(p, source, stream);
 }
 
-// --- rows ----------------------------------------------------------------------------------------
-constexpr int kThreads = 256;
 constexpr int64_t kWordElements = 8;  // 16-bit elements of a word of 16 bytes
 constexpr int kParts = 3;             // of a float
 
 constexpr int64_t laid_out(int64_t in_features) {
   return (in_features + kWordElements - 1) / kWordElements * kWordElements;
-}
-
-// Rows with zeros behind them.
-template <class T>
-__global__ void __launch_bounds__(kThreads) copy_rows(WeightOnlyParams p, int64_t stride) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row = i / stride, k = i % stride;
-  if (row >= p.rows) return;
-  static_cast<T*>(p.scratch)[i] =
-      k < p.in_features ? static_cast<const T*>(p.input)[row * p.input_stride + k] : T{};
-}
-
-// Pairs of floats as pairs of bfloat16, in three planes.
-__global__ void __launch_bounds__(kThreads) split_rows(WeightOnlyParams p, int64_t stride) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t pairs = stride / 2, row = i / pairs, k = i % pairs * 2;
-  if (row >= p.rows) return;
-  const float* from = static_cast<const float*>(p.input) + row * p.input_stride;
-  float x = k < p.in_features ? from[k] : 0.0f, y = k + 1 < p.in_features ? from[k + 1] : 0.0f;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    static_cast<uint32_t*>(p.scratch)[part * p.rows * pairs + i] = take_pair(x, y);
-  }
-}
-
-cudaError_t lay_out(const WeightOnlyParams& p, bool splits, cudaStream_t stream) {
-  const int64_t stride = laid_out(p.in_features);
-  const auto blocks = [&](int64_t items) { return (items + kThreads - 1) / kThreads; };
-  if (splits) {
-    return launch(split_rows, blocks(p.rows * stride / 2), kThreads, stream, p, stride);
-  }
-  return p.dtype == DType::float32
-             ? launch(copy_rows<float>, blocks(p.rows * stride), kThreads, stream, p, stride)
-             : launch(copy_rows<uint16_t>, blocks(p.rows * stride), kThreads, stream, p, stride);
 }
 
 bool is_few(const WeightOnlyParams& p) { return p.rows <= kFewWeightOnlyRows; }
@@ -115,7 +80,15 @@ cudaError_t launch_linear_weight_only(const WeightOnlyParams& params, int multip
   WeightOnlyParams p = params;
   const bool splits = p.dtype == DType::float32 && !is_few(p);
   if (weight_only_scratch(p) > 0) {
-    const cudaError_t error = lay_out(p, splits, stream);
+    const cudaError_t error = launch_lay_out_rows({.input = p.input,
+                                                   .dtype = p.dtype,
+                                                   .stride = p.input_stride,
+                                                   .rows = p.rows,
+                                                   .columns = p.in_features,
+                                                   .output = p.scratch,
+                                                   .output_stride = laid_out(p.in_features),
+                                                   .parts = splits ? kParts : 1},
+                                                  stream);
     if (error != cudaSuccess) return error;
     p.input = p.scratch;
     p.input_stride = laid_out(p.in_features);
