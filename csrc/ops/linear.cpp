@@ -40,9 +40,7 @@ LinearTail::LinearTail(const char* op, Tensor& output, std::optional<Tensor> bia
   first_.output_stride = columns;
   element_ = residual_element_ = output.element_size();
   if (bias) {
-    TORCHWELD_CHECK(to_dtype(bias->scalar_type()) && bias->dim() == 1 && bias->size(0) == columns,
-                    op, "bias", "floating point [" << columns << "]",
-                    dtype_name(bias->scalar_type()) << " " << shape_string(*bias));
+    check_bias(op, *bias, columns);
     bias_ = contiguous_float(*bias);
     first_.bias = bias_->const_data_ptr<float>();
   }
@@ -70,11 +68,26 @@ kernels::LinearEpilogue LinearTail::at(int64_t row, int64_t column) const {
   return result;
 }
 
+void check_bias(const char* op, const Tensor& bias, int64_t columns) {
+  TORCHWELD_CHECK(to_dtype(bias.scalar_type()) && bias.dim() == 1 && bias.size(0) == columns, op,
+                  "bias", "floating point [" << columns << "]",
+                  dtype_name(bias.scalar_type()) << " " << shape_string(bias));
+}
+
 IntList with_last_size(const Tensor& tensor, int64_t size) {
   IntList sizes;
   for (int64_t i = 0; i + 1 < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
   sizes.push_back(size);
   return sizes;
+}
+
+Rows::Rows(const Tensor& source) : tensor(source), stride(source.size(source.dim() - 1)) {
+  if (tensor.is_contiguous()) return;
+  if (tensor.dim() == 2 && tensor.stride(1) == 1) {
+    stride = tensor.stride(0);
+  } else {
+    tensor = torch::stable::contiguous(tensor);
+  }
 }
 
 }  // namespace torchweld::ops

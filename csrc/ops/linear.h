@@ -26,7 +26,17 @@ class LinearTail {
   int64_t element_, residual_element_;  // bytes
 };
 
+// Throws unless the bias is floating point [columns].
+void check_bias(const char* op, const Tensor& bias, int64_t columns);
+
 // The sizes of `tensor` with the last one replaced.
 IntList with_last_size(const Tensor& tensor, int64_t size);
+
+// Rows of consecutive elements at one stride, copied only where `tensor` is not that already.
+struct Rows {
+  explicit Rows(const Tensor& source);
+  Tensor tensor;
+  int64_t stride;
+};
 
 }  // namespace torchweld::ops

@@ -48,6 +48,11 @@ void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShap
       dtype_name(weight_sum.scalar_type()) << " " << shape_string(weight_sum));
 }
 
+void check_summed(const char* op, int64_t in_features) {
+  TORCHWELD_CHECK(in_features <= kernels::kMaxSummed, op, "in_features",
+                  "at most " << kernels::kMaxSummed << ", so that sums fit int32", in_features);
+}
+
 void check_group_size(const char* op, int64_t input_group_size) {
   constexpr int64_t kMost = 1 << 16;
   TORCHWELD_CHECK(

@@ -29,6 +29,9 @@ LinearShape check_quantized_linear(const char* op, const char* argument, const T
 
 void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape);
 
+// Throws unless all sums of so many products fit int32.
+void check_summed(const char* op, int64_t in_features);
+
 // Throws unless it is 0 or a multiple of 4 whose sums fit int32.
 void check_group_size(const char* op, int64_t input_group_size);
 

@@ -34,8 +34,10 @@ class ModelRunner {
   virtual std::vector<Array> run(const std::vector<Array>& inputs) = 0;
 };
 
-// Loads a model for inference on the CPU; what the file holds decides how, not its name. Throws
-// InputError if it is missing, truncated, of a foreign format, or calls unregistered operators.
-std::unique_ptr<ModelRunner> load_model(const std::filesystem::path& path);
+// Loads a model for inference on a device, "cpu" or one that load_cuda() was called for; what the
+// file holds decides how, not its name. Throws InputError if it is missing, truncated, of a foreign
+// format, or calls unregistered operators.
+std::unique_ptr<ModelRunner> load_model(const std::filesystem::path& path,
+                                        const std::string& device = "cpu");
 
 }  // namespace weld

@@ -65,6 +65,7 @@ Options:
   -k, --top-k K              classes to show per row (default 5; 0 shows nothing)
   -b, --batch-size N         run N rows at a time instead of all at once; the last batch may be smaller
   -t, --threads N            threads to compute with (default: torch's choice)
+  -d, --device DEVICE        where to compute: cpu (the default), cuda, or cuda:N for GPU N
       --ops LIB              also load operators from this shared library; may be repeated
   -h, --help                 show this text
 
@@ -72,6 +73,7 @@ Examples:
   weld predict digits.pt --input images.npy
   weld predict digits.pt --input images.npy --batch-size 64 --output logits.npy
   weld predict pair.pt --input left=a.npy --input right=b.npy
+  weld predict digits.pt --input images.npy --device cuda
 )";
 
 enum Option { kOps = 1000 };
@@ -82,8 +84,9 @@ constexpr option kInspectOptions[] = {
 constexpr option kPredictOptions[] = {
     {"input", required_argument, nullptr, 'i'},   {"output", required_argument, nullptr, 'o'},
     {"top-k", required_argument, nullptr, 'k'},   {"batch-size", required_argument, nullptr, 'b'},
-    {"threads", required_argument, nullptr, 't'}, {"ops", required_argument, nullptr, kOps},
-    {"help", no_argument, nullptr, 'h'},          {}};
+    {"threads", required_argument, nullptr, 't'}, {"device", required_argument, nullptr, 'd'},
+    {"ops", required_argument, nullptr, kOps},    {"help", no_argument, nullptr, 'h'},
+    {}};
 
 int64_t parse_integer(const char* option, const char* text, int64_t lowest, int64_t highest) {
   int64_t value;
@@ -94,6 +97,15 @@ int64_t parse_integer(const char* option, const char* text, int64_t lowest, int6
                      " to " + std::to_string(highest) + ", got \"" + text + "\"");
   }
   return value;
+}
+
+std::string parse_device(const std::string& text) {
+  if (text == "cpu" || text == "cuda") return text;
+  if (text.starts_with("cuda:")) {
+    constexpr int64_t kMost = 127;  // what torch can number
+    return "cuda:" + std::to_string(parse_integer("--device cuda:", text.c_str() + 5, 0, kMost));
+  }
+  throw InputError("--device takes cpu, cuda or cuda:N, got \"" + text + '"');
 }
 
 // argv starts at the command's name here. Calls handle(option) for each option.
@@ -150,13 +162,14 @@ Command parse_predict(int argc, char** argv) {
   constexpr int64_t kMaxThreads = 4096;
   PredictOptions options;
   bool help = false;
-  parse_options(argc, argv, ":i:o:k:b:t:h", kPredictOptions, [&](int code) {
+  parse_options(argc, argv, ":i:o:k:b:t:d:h", kPredictOptions, [&](int code) {
     if (code == 'h') help = true;
     if (code == 'i') options.inputs.emplace_back(optarg);
     if (code == 'o') options.output = optarg;
     if (code == 'k') options.top_k = parse_integer("--top-k", optarg, 0, kMax);
     if (code == 'b') options.batch_size = parse_integer("--batch-size", optarg, 1, kMax);
     if (code == 't') options.threads = parse_integer("--threads", optarg, 1, kMaxThreads);
+    if (code == 'd') options.device = parse_device(optarg);
     if (code == kOps) options.ops.emplace_back(optarg);
   });
   if (help) return ShowText{kPredictHelp};

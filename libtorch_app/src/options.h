@@ -22,6 +22,7 @@ struct PredictOptions {
   int64_t top_k = 5;
   std::optional<int64_t> batch_size;
   std::optional<int64_t> threads;
+  std::string device = "cpu";
   std::vector<std::filesystem::path> ops;
 };
 

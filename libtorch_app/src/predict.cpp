@@ -96,6 +96,7 @@ void check_writable(const std::filesystem::path& file) {
 
 int predict(const PredictOptions& options) {
   for (const auto& library : options.ops) load_operators(library);
+  if (options.device != "cpu") load_cuda(options.device);
   if (options.threads) set_threads(static_cast<int>(*options.threads));
   if (options.output) check_writable(*options.output);
 
@@ -110,7 +111,7 @@ int predict(const PredictOptions& options) {
     std::cerr << "weld: note: " << options.model.string()
               << " has no manifest, its inputs are not checked\n";
   }
-  const std::unique_ptr<ModelRunner> runner = load_model(options.model);
+  const std::unique_ptr<ModelRunner> runner = load_model(options.model, options.device);
   const std::vector<std::string> names = runner->input_names();
   if (manifest) check_input_count(names.size(), *manifest);
   std::vector<Array> inputs;

@@ -6,9 +6,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/Device.h>
 #include <torch/csrc/jit/frontend/function_schema_parser.h>
 #include <torch/csrc/jit/runtime/operator.h>
 #include <torch/version.h>
+#include <torchweld/torchweld.h>
 
 #include <iostream>
 
@@ -27,6 +30,14 @@ bool survives_loading(const std::string& path) {
   }
   int status = 0;
   return child > 0 && waitpid(child, &status, 0) == child && status == 0;
+}
+
+// The library `name` in the directory of the one that holds `function`.
+template <class F>
+std::filesystem::path beside(F* function, const char* name) {
+  Dl_info info;
+  if (dladdr(reinterpret_cast<void*>(function), &info) == 0) return name;
+  return std::filesystem::path(info.dli_fname).parent_path() / name;
 }
 
 }  // namespace
@@ -56,6 +67,28 @@ void load_operators(const std::filesystem::path& library) {
   }
   if (dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     throw InputError(std::string("operator library cannot be loaded: ") + dlerror());
+  }
+}
+
+void load_cuda(const std::string& device) {
+  const std::string option = "--device " + device + ": ";
+  const std::pair<std::filesystem::path, const char*> libraries[] = {
+      {beside(&at::get_cpu_capability, "libtorch_cuda.so"), "this torch is built without CUDA"},
+      {beside(&torchweld::version, "libtorchweld_cuda.so"), "this torchweld is built without CUDA"},
+  };
+  for (const auto& [library, without] : libraries) {
+    if (!std::filesystem::exists(library)) {
+      throw InputError(option + without + "; there is no " + library.string());
+    }
+    if (dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+      throw InputError(option + dlerror());
+    }
+  }
+  const int count = at::detail::getCUDAHooks().deviceCount();
+  if (count == 0) throw InputError(option + "no GPU was found, or its driver does not work");
+  const int index = c10::Device(device).index();  // -1 without a number
+  if (index >= count) {
+    throw InputError(option + "there are " + std::to_string(count) + " GPUs, from cuda:0 on");
   }
 }
 

@@ -19,6 +19,10 @@ void set_threads(int count);
 // Loads a shared library that registers operators. Throws InputError if that fails.
 void load_operators(const std::filesystem::path& library);
 
+// Loads what torch and torchweld have for CUDA, and checks that there is the device: "cuda" or
+// "cuda:1". Throws InputError with the reason if it cannot be used.
+void load_cuda(const std::string& device);
+
 struct Operator {
   std::string expected;                   // the schema a model was exported with
   std::optional<std::string> registered;  // the schema in this process

@@ -87,7 +87,8 @@ void collect_operators(const torch::jit::Block& block, std::set<std::string>& sc
 
 class TorchScriptRunner final : public ModelRunner {
  public:
-  explicit TorchScriptRunner(torch::jit::Module module) : module_(std::move(module)) {
+  TorchScriptRunner(torch::jit::Module module, at::Device device)
+      : module_(std::move(module)), device_(device) {
     module_.eval();
     bool optional = false;
     const auto& arguments = module_.get_method("forward").function().getSchema().arguments();
@@ -134,7 +135,8 @@ class TorchScriptRunner final : public ModelRunner {
       const c10::InferenceMode guard;
       std::vector<c10::IValue> values;
       for (const Array& input : inputs) {
-        values.emplace_back(at::from_blob(input.data.get(), input.shape, to_torch(input.dtype)));
+        values.emplace_back(
+            at::from_blob(input.data.get(), input.shape, to_torch(input.dtype)).to(device_));
       }
       std::vector<Array> outputs;
       append(outputs, module_.forward(std::move(values)));
@@ -144,6 +146,7 @@ class TorchScriptRunner final : public ModelRunner {
 
  private:
   torch::jit::Module module_;
+  at::Device device_;
   std::vector<std::string> names_;
 };
 
@@ -165,7 +168,8 @@ void check_archive(const std::string& path) {
 
 }  // namespace
 
-std::unique_ptr<ModelRunner> load_model(const std::filesystem::path& path) {
+std::unique_ptr<ModelRunner> load_model(const std::filesystem::path& path,
+                                        const std::string& device) {
   if (!std::filesystem::is_regular_file(path)) {
     throw InputError(path.string() + (std::filesystem::exists(path) ? " is not a regular file"
                                                                     : " does not exist"));
@@ -174,7 +178,8 @@ std::unique_ptr<ModelRunner> load_model(const std::filesystem::path& path) {
   try {
     return in_one_line([&] {
       const c10::InferenceMode guard;
-      return std::make_unique<TorchScriptRunner>(torch::jit::load(path.string(), at::kCPU));
+      const at::Device where(device);
+      return std::make_unique<TorchScriptRunner>(torch::jit::load(path.string(), where), where);
     });
   } catch (const InputError&) {
     throw;

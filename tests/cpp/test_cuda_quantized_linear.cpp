@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "kernels/cuda/lane.h"
 #include "kernels/cuda/quantized_linear.h"
 #include "quantized_layer.h"
 
@@ -29,7 +30,7 @@ struct Aligned {
   std::unique_ptr<T, void (*)(void*)> data;
 };
 
-enum class How { few, tiles, chosen, on_the_way };
+enum class How { few, tiles, blocks, chosen, on_the_way };
 
 // A layer on the "device": rows at an odd stride, a bias of another dtype.
 struct Device {
@@ -89,6 +90,7 @@ struct Device {
     }
     ok(launch_quantize_rows(dtype, rows(), nullptr));
     if (how == How::few) return ok(launch_few_rows(given, nullptr));
+    if (how == How::blocks && !sums) return ok(launch_long_sums(given, 8, nullptr));
     if (how == How::tiles) return ok(launch_tiles(given, kMultiprocessors, nullptr));
     ok(launch_quantized_linear(given, kMultiprocessors, nullptr));
   }
@@ -101,15 +103,17 @@ struct Device {
   Buffer output;
 };
 
+double value_at(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::float32) return static_cast<const float*>(data)[i];
+  return dtype == DType::bfloat16 ? to_vec(static_cast<const BFloat16*>(data)[i])
+                                  : to_vec(static_cast<const Float16*>(data)[i]);
+}
+
 // Equal bits, but for those of a NaN, which GPUs have one of.
 bool equal(const Buffer& a, const Buffer& b) {
   const size_t size = size_of(a.dtype);
   for (size_t i = 0; i < a.bytes / size; ++i) {
-    const auto value = [&](const Buffer& buffer) {
-      if (a.dtype == DType::float32) return buffer.as<float>()[i];
-      return a.dtype == DType::bfloat16 ? to_vec(buffer.as<BFloat16>()[i])
-                                        : to_vec(buffer.as<Float16>()[i]);
-    };
+    const auto value = [&](const Buffer& of) { return value_at(of.data.get(), a.dtype, i); };
     if (std::isnan(value(a)) && std::isnan(value(b))) continue;
     if (std::memcmp(a.data.get() + i * size, b.data.get() + i * size, size) != 0) return false;
   }
@@ -146,21 +150,21 @@ DType any_dtype(int64_t i) {
 }
 
 void check_few_rows() {
-  for (int64_t m : {1, 2, 5, 8, 9, 16, 17, 32}) {
-    for (int64_t n : {1, 4, 15, 16, 17, 31, 33, 66}) {
+  for (int64_t m : {1, 8, 13, 32}) {
+    for (int64_t n : {1, 15, 16, 34}) {
       const int64_t k = (m * 37 + n * 53) % 300 + 1;
       check(How::few, QuantizedLayer(m, n, k), any_activation(m + n), any_dtype(m + n / 2));
     }
   }
-  for (int64_t k : {0, 1, 3, 4, 63, 64, 65, 1024, 2047, 4100}) {
+  for (int64_t k : {0, 1, 3, 4, 64, 65, 2047, 4100}) {
     check(How::few, QuantizedLayer(3, 19, k), any_activation(k), any_dtype(k));
     check(How::on_the_way, QuantizedLayer(1 + k % 4, 19, k), any_activation(k), any_dtype(k));
   }
 }
 
 void check_tiles() {
-  for (int64_t m : {1, 33, 64, 65, 130}) {
-    for (int64_t n : {1, 18, 64, 67, 130}) {
+  for (int64_t m : {1, 64, 130}) {
+    for (int64_t n : {18, 64, 67}) {
       const int64_t k = (m * 37 + n * 53) % 300 + 1;
       check(How::tiles, QuantizedLayer(m, n, k), any_activation(m + n), any_dtype(m + n / 2));
     }
@@ -171,7 +175,7 @@ void check_tiles() {
 
 // Tiles of the larger size, several to a band.
 void check_large_tiles() {
-  const QuantizedLayer layer(1100, 140, 70);
+  const QuantizedLayer layer(1100, 140, 20);
   Device device(layer, DType::float32, 0);
   const QuantizedResult expected = run_on_cpu(layer, LinearActivation::silu, DType::float32, 0);
   ok(launch_quantize_rows(DType::float32, device.rows(), nullptr));
@@ -181,18 +185,16 @@ void check_large_tiles() {
 }
 
 void check_groups() {
-  for (int64_t group_size : {4, 12, 32, 64, 100, 128}) {
-    for (int64_t k : {1, 64, 130, 259}) {
+  for (int64_t group_size : {4, 32, 100}) {
+    for (int64_t k : {1, 64, 130}) {
       check(How::chosen, QuantizedLayer(1 + k % 70, 37, k), any_activation(k), any_dtype(k),
             group_size);
     }
   }
 }
 
-// More than int32 can sum.
-void check_long_sums() {
-  check(How::chosen, QuantizedLayer(2, 17, kMaxSummed + 1), LinearActivation::identity);
-}
+// Blocks of K that are joined in int64, here of 32 k.
+void check_long_sums() { check(How::blocks, QuantizedLayer(3, 17, 200), LinearActivation::gelu); }
 
 // What is not finite is so in its own row alone.
 void check_not_finite() {
@@ -208,9 +210,68 @@ void check_not_finite() {
   }
 }
 
+// --- the gradient --------------------------------------------------------------------------------
+
+// Against a product in double: parts of 8 bits lose 2^-24 of a float32 gradient, 2^-16 of others.
+void check_backward(int64_t m, int64_t n, int64_t k, DType dtype) {
+  // The layer's input stands for a gradient of as many columns.
+  const QuantizedLayer layer(m, n, k), of_grad(m, 1, n);
+  Aligned<int8_t> packed(layer.packed_size());
+  std::memcpy(packed.get(), layer.packed.get(), layer.packed_size());
+  Aligned<BFloat16> parts(m * split_parts(dtype) * split_stride(n));
+  Buffer output(m * k, dtype);
+  ok(launch_split_grad(dtype,
+                       {.grad = of_grad.input(dtype),
+                        .grad_stride = of_grad.input_stride,
+                        .rows = m,
+                        .columns = n,
+                        .weight_scale = layer.scale.get(),
+                        .parts = parts.get()},
+                       nullptr));
+  ok(launch_quantized_linear_backward({.parts = parts.get(),
+                                       .rows = m,
+                                       .panels = packed.get(),
+                                       .quads = layer.quads,
+                                       .columns = n,
+                                       .in_features = k,
+                                       .output = output.data.get(),
+                                       .dtype = dtype},
+                                      nullptr));
+  const double relative = dtype == DType::float32    ? 0x1p-22
+                          : dtype == DType::bfloat16 ? 0x1p-8
+                                                     : 0x1p-11;
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t i = 0; i < k; ++i) {
+      double sum = 0, magnitude = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const double term =
+            value_at(of_grad.input(dtype), dtype, row * of_grad.input_stride + j) * layer.scale[j] *
+            layer.packed[((j / 16 * layer.quads + i / 4) * 16 + j % 16) * 4 + i % 4];
+        sum += term;
+        magnitude += std::abs(term);
+      }
+      const double got = value_at(output.data.get(), dtype, row * k + i);
+      const double bound = std::abs(sum) * relative +
+                           magnitude * 0x1p-17 * (dtype == DType::float32 ? 0x1p-5 : 1) + 1e-30;
+      CHECK(std::abs(got - sum) <= bound, "%ld x %ld x %ld, dtype %d, at %ld, %ld: %g, %g",
+            static_cast<long>(m), static_cast<long>(n), static_cast<long>(k),
+            static_cast<int>(dtype), static_cast<long>(row), static_cast<long>(i), got, sum);
+    }
+  }
+}
+
+void check_gradients() {
+  for (int64_t m : {1, 7, 65}) {
+    for (int64_t n : {1, 16, 57}) {
+      for (int64_t k : {6, 64, 77}) check_backward(m, n, k, any_dtype(m + n + k));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_gradients();
   check_few_rows();
   check_tiles();
   check_large_tiles();

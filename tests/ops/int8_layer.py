@@ -42,6 +42,15 @@ class Weight:
         weight = self.packed, self.scale, self.sum, self.bias
         return op(x, *weight, residual, self.k, activation, group_size)
 
+    def to(self, device):
+        """A copy of what the operators are given, elsewhere."""
+        copy = object.__new__(Weight)
+        copy.k = self.k
+        for name in ("q", "scale", "bias", "packed", "sum"):
+            tensor = getattr(self, name)
+            setattr(copy, name, None if tensor is None else tensor.to(device))
+        return copy
+
     def accumulators(self, x):
         return accumulators(x, self.packed, self.scale, self.sum, self.k)
 

@@ -4,19 +4,10 @@
 #pragma once
 
 #include "kernels/cuda/launch.h"
-#include "kernels/linear_epilogue.h"
+#include "kernels/cuda/linear_end.h"
 #include "kernels/vec_math.h"
 
 namespace torchweld::kernels::cuda {
-
-// `of` says where; its bias is null, and `bias` has what there is, in any dtype.
-struct LinearEnd {
-  LinearEpilogue of;
-  const void* bias;
-  DType bias_dtype;
-  DType output_dtype;
-  bool stores_sums;  // the output is int32: the sums, and nothing else is read
-};
 
 TORCHWELD_INLINE float activate(LinearActivation activation, float x) {
   switch (activation) {

@@ -3,7 +3,7 @@
 // groups, however many warps share them.
 #pragma once
 
-#include "kernels/cuda/linear_epilogue.h"
+#include "kernels/cuda/linear_end.h"
 #include "kernels/linear_int4.h"
 
 namespace torchweld::kernels::cuda {

@@ -4,6 +4,7 @@
 // where one thread for four columns of a row adds them up, and joins those of groups in their
 // order: no bit depends on the division of K.
 #include "kernels/cuda/async.h"
+#include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/linear_int4.h"
 #include "kernels/cuda/linear_units.h"
 #include "kernels/cuda/quantize_row.h"

@@ -5,7 +5,7 @@
 // bits, depend on the number of rows and on nothing else.
 #pragma once
 
-#include "kernels/cuda/linear_epilogue.h"
+#include "kernels/cuda/linear_end.h"
 #include "kernels/quantized_linear.h"
 
 namespace torchweld::kernels::cuda {

@@ -1,6 +1,7 @@
 // The weight-only product of few rows, as fast as the weight comes from memory. A block has 32
 // columns; its warps take spans of K in turn, and ask for the next span before they multiply this
 // one: 4 KB a warp are on their way. The sums of the warps are added in their order.
+#include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/linear_units.h"
 #include "kernels/cuda/linear_weight_only.h"
 

@@ -6,7 +6,7 @@
 // stands for is free as long as both sides and the result agree, so nothing is ever rearranged.
 #pragma once
 
-#include "kernels/cuda/linear_epilogue.h"
+#include "kernels/cuda/linear_end.h"
 #include "kernels/quantized_linear.h"
 
 namespace torchweld::kernels::cuda {
@@ -47,8 +47,40 @@ cudaError_t launch_quantized_linear_of(DType, const QuantizeRows&, const Quantiz
 
 // Rows up to which launch_quantized_linear() sums without tiles.
 inline constexpr int64_t kFewRows = 32;
-// Launches of the two kernels behind it.
+// The launches behind it: of one sum; of tiles; of sums that int32 holds for `quads` only.
 cudaError_t launch_few_rows(const QuantizedLinearParams&, cudaStream_t);
 cudaError_t launch_tiles(const QuantizedLinearParams&, int multiprocessors, cudaStream_t);
+cudaError_t launch_long_sums(const QuantizedLinearParams&, int64_t quads, cudaStream_t);
+
+// The gradient for the input, grad @ (weight_scale * weight). Scaled gradients are cut into parts
+// of 8 bits, bfloat16 numbers that together are the float (two of three are enough for a 16-bit
+// gradient), which tensor cores multiply with the integers of the weight exactly; sums are float32.
+struct SplitGradParams {
+  const void* grad;  // [rows][grad_stride]
+  int64_t grad_stride;
+  int64_t rows;
+  int64_t columns;            // of the layer
+  const float* weight_scale;  // [columns]
+  BFloat16* parts;            // [rows][part][split_stride(columns)], aligned to 16
+};
+struct QuantizedLinearBackwardParams {
+  const BFloat16* parts;
+  int64_t rows;
+  const int8_t* panels;  // aligned to 16
+  int64_t quads;
+  int64_t columns;
+  int64_t in_features;
+  void* output;  // [rows][in_features], of the gradient's dtype
+  DType dtype;
+};
+
+// Elements from one part to the next: whole panels, of which the last ends in zeros.
+constexpr int64_t split_stride(int64_t columns) {
+  return (columns + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
+}
+constexpr int split_parts(DType dtype) { return dtype == DType::float32 ? 3 : 2; }
+
+cudaError_t launch_split_grad(DType, const SplitGradParams&, cudaStream_t);
+cudaError_t launch_quantized_linear_backward(const QuantizedLinearBackwardParams&, cudaStream_t);
 
 }  // namespace torchweld::kernels::cuda

@@ -3,6 +3,7 @@
 // ahead of what it multiplies: 64 KB under way in a multiprocessor. Sums are integers, so the order
 // in which the warps add theirs together does not show.
 #include "kernels/cuda/async.h"
+#include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/mma.h"
 #include "kernels/cuda/quantize_row.h"
 #include "kernels/cuda/quantized_linear.h"

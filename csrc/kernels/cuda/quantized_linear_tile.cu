@@ -5,6 +5,7 @@
 //   float    groups of K, each times its own scale, in their order
 //   int64_t  K too long for int32: blocks of it, joined exactly
 #include "kernels/cuda/async.h"
+#include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/mma.h"
 #include "kernels/cuda/quantized_linear.h"
 
@@ -263,13 +264,18 @@ cudaError_t launch_size(const QuantizedLinearParams& params, cudaStream_t stream
 
 }  // namespace
 
+cudaError_t launch_long_sums(const QuantizedLinearParams& params, int64_t quads,
+                             cudaStream_t stream) {
+  QuantizedLinearParams blocks = params;
+  blocks.group_quads = quads;
+  return launch_size<int64_t, 1, 4>(blocks, stream);
+}
+
 cudaError_t launch_tiles(const QuantizedLinearParams& params, int multiprocessors,
                          cudaStream_t stream) {
   if (params.group_quads != 0) return launch_size<float, 1, 4>(params, stream);
   if (params.quads * kQuad > kMaxSummed) {
-    QuantizedLinearParams blocks = params;
-    blocks.group_quads = kLongGroupQuads;
-    return launch_size<int64_t, 1, 4>(blocks, stream);
+    return launch_long_sums(params, kLongGroupQuads, stream);
   }
   // Large tiles read less, but there must be one for every multiprocessor.
   using Large = Size<2, 8>;

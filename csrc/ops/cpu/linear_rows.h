@@ -6,24 +6,11 @@
 #include "ops/cpu/scratch.h"
 #include "ops/divide.h"
 #include "ops/kernels.h"
+#include "ops/linear.h"
 #include "ops/parallel.h"
 #include "ops/torch_compat.h"
 
 namespace torchweld::ops {
-
-// Rows of consecutive elements at one stride, copied only where `tensor` is not that already.
-struct Rows {
-  explicit Rows(const Tensor& source) : tensor(source), stride(source.size(source.dim() - 1)) {
-    if (tensor.is_contiguous()) return;
-    if (tensor.dim() == 2 && tensor.stride(1) == 1) {
-      stride = tensor.stride(0);
-    } else {
-      tensor = torch::stable::contiguous(tensor);
-    }
-  }
-  Tensor tensor;
-  int64_t stride;
-};
 
 // Bytes from one quantized row to the next: whole cache lines, and not a multiple of 4096, which
 // would map all rows to the same lines of the first cache.

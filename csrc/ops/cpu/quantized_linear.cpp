@@ -118,8 +118,7 @@ std::tuple<Tensor, Tensor> quantized_linear_accumulators(Tensor input, Tensor pa
   const LinearShape shape =
       check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
   check_weight_sum(op, weight_sum, shape);
-  TORCHWELD_CHECK(in_features <= kernels::kMaxSummed, op, "in_features",
-                  "at most " << kernels::kMaxSummed << ", so that sums fit int32", in_features);
+  check_summed(op, in_features);
 
   const NoGradGuard no_grad;
   IntList scale_sizes = with_last_size(input, 0);

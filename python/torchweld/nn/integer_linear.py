@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from torchweld.ops.quantized_linear import ACTIVATIONS
+from torchweld.ops.quantized_linear import ACTIVATIONS, place_packed
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -158,8 +158,12 @@ class IntegerLinear(nn.Module):
         # half() casts the scales, type(dtype) the integers too: keep the device, undo the cast.
         for name, buffer in before.items():
             after = self._buffers[name]
-            if buffer is not None and after is not None and after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
+            if buffer is None or after is None:
+                continue
+            if after.dtype != buffer.dtype:
+                self._buffers[name] = after = buffer.to(after.device)
+            if name == "packed_weight" and after.is_cpu and not buffer.is_cpu:
+                self._buffers[name] = place_packed(after)
         return self
 
     def _save_to_state_dict(

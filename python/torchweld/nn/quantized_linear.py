@@ -15,6 +15,7 @@ from torchweld.ops.quantized_linear import (
     invalid_qweight,
     pack_weight,
     quantize_weight,
+    scale_of,
     unpack_weight,
 )
 
@@ -301,7 +302,7 @@ def fake_quantized(input: Tensor, group_size: int) -> Tensor:
     size = group_size or max(k, 1)
     # A row quantizes as a row of a weight does; the last group's missing values are zeros.
     rows = F.pad(input.detach().float(), (0, -k % size)).reshape(-1, size)
-    scale = (rows.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    scale = scale_of(rows.abs().amax(1))[:, None]
     rounded = (rows * (1 / scale)).round() * scale
     return rounded.view(*input.shape[:-1], k + -k % size)[..., :k]
 

@@ -60,12 +60,15 @@ def quantized_linear(
         one fused multiply-add with ``weight_scale`` and ``bias``, the activation, the residual, and
         one rounding to the dtype of ``input``. The result has the same bits on every CPU
         instruction set, for any number of threads, and whatever other rows are in the batch. The
-        weight's scale comes last, so a row may overflow where a float layer's would not: from
+        CUDA kernels are written to give those bits too, but for the payload of a NaN (compiled and
+        emulated, not yet run). The weight's scale comes last, so a row may overflow where a float layer's would not: from
         inputs of 1e32 on, or so.
 
         Differentiable in ``input``, ``bias`` and ``residual``; rounding counts as the identity
         (straight-through estimator), so the gradient of ``input`` is that of a linear layer with
-        the dequantized weight; it is not quantized.
+        the dequantized weight; it is not quantized. On CUDA it is summed in float32 by tensor
+        cores, to which a float32 gradient, times the weight's scale, is given in full, and a 16-bit
+        one rounded to 16 bits.
 
         Under autocast ``input`` is cast to the autocast dtype, everything else is left as it is.
 
@@ -129,9 +132,15 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         )
     # A column of zeros gives absmax a defined value when there are no input features.
     absmax = F.pad(weight.abs(), (0, 1)).amax(1)
-    scale = (absmax / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = scale_of(absmax)
     qweight = (weight * (1 / scale)[:, None]).round().to(torch.int8)
     return qweight, scale
+
+
+def scale_of(absmax: Tensor) -> Tensor:
+    """Return the scale of values of at most these magnitudes, float32, rounded as on the CPU."""
+    # By a tensor: on CUDA torch multiplies by the inverse of a number, which rounds differently.
+    return (absmax / torch.full_like(absmax, 127)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def pack_weight(qweight: Tensor) -> tuple[Tensor, Tensor]:

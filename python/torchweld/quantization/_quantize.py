@@ -54,8 +54,8 @@ def quantize(
     - layers whose weight the forward of a module that holds them reads, instead of calling the
       layer, as far as its source tells: among them those of an ``nn.TransformerEncoderLayer`` whose
       attention is left alone;
-    - weights that are not finite, not float32, bfloat16 or float16, of another tensor class, not on
-      the CPU, or that have more than 16777216 input features.
+    - weights that are not finite, not float32, bfloat16 or float16, of another tensor class, on a
+      device the layer does not run on, or that have more than 16777216 input features.
 
     Code that reads the weight of a layer where this cannot be seen needs the layer excluded: the
     copy has no float weight there.

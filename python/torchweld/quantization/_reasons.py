@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from torchweld.nn.int4_linear import Int4Linear
 from torchweld.nn.qat_linear import QATLinear
+from torchweld.nn.quantized_linear import QuantizedLinear, WeightOnlyLinear
 from torchweld.ops.quantized_linear import MAX_IN_FEATURES
 from torchweld.ops.quantized_linear_int4 import invalid_group_size
 from torchweld.quantization._adapters import (
@@ -19,6 +20,11 @@ from torchweld.quantization._adapters import (
 from torchweld.quantization._configs import Int4
 from torchweld.quantization._rule import worth_quantizing
 
+_OPERATORS = {
+    QuantizedLinear: "quantized_linear",
+    WeightOnlyLinear: "weight_only_linear",
+    Int4Linear: "quantized_linear_int4",
+}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,7 +75,7 @@ def obstacle(
         return "trains for quantization already"
     made_already = is_imported(module) or isinstance(module, QATLinear)
     for linear in adapter_of(module).linears(module).values():
-        reason = _obstacle_of_tensors(linear)
+        reason = _obstacle_of_tensors(linear, target)
         if reason is None and not made_already:
             reason = _obstacle_of_size(linear, target, keep_small)
         if reason is not None:
@@ -77,10 +83,10 @@ def obstacle(
     return None
 
 
-def _obstacle_of_tensors(linear: nn.Linear) -> str | None:
+def _obstacle_of_tensors(linear: nn.Linear, target: Target) -> str | None:
     weight = linear.weight
-    if weight.device.type != "cpu":
-        return f"weight is on {weight.device}; int8 runs on the CPU so far"
+    if not _runs_on(target, weight.device):
+        return f"weight is on {weight.device}, where {target.kind.__name__} does not run"
     if weight.dtype not in _FLOATS:
         return f"weight is {weight.dtype}"
     for kind, tensor in (("weight", weight), ("bias", linear.bias)):
@@ -89,6 +95,13 @@ def _obstacle_of_tensors(linear: nn.Linear) -> str | None:
         if tensor is not None and not bool(tensor.isfinite().all()):
             return f"{kind} holds a NaN or an infinity"
     return None
+
+
+def _runs_on(target: Target, device: torch.device) -> bool:
+    """Whether a target's layer has a kernel for a device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    op = f"torchweld::{_OPERATORS[target.kind]}"
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
 
 
 def _obstacle_of_size(linear: nn.Linear, target: Target, keep_small: bool) -> str | None:
