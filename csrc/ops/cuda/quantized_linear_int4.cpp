@@ -14,6 +14,8 @@ using kernels::BFloat16;
 
 // The packed weight where kernels can read 16 bytes at once.
 struct Weight {
+  Weight(const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_zero)
+      : packed(aligned(packed_weight)), scale(aligned(weight_scale)), zero(aligned(weight_zero)) {}
   Tensor packed, scale, zero;
 
   const uint8_t* panels() const { return packed.const_data_ptr<uint8_t>(); }
@@ -21,12 +23,13 @@ struct Weight {
   const uint8_t* zeros() const { return zero.const_data_ptr<uint8_t>(); }
 };
 
-Weight check_weight(const char* op, const Tensor& packed_weight, const Tensor& weight_scale,
-                    const Tensor& weight_zero) {
+void check_devices(const char* op, const char* argument, const Tensor& matrix,
+                   const Tensor& packed_weight, const Tensor& weight_scale,
+                   const Tensor& weight_zero) {
   check_on_cuda(op, packed_weight);
+  check_device(op, argument, matrix, packed_weight);
   check_device(op, "weight_scale", weight_scale, packed_weight);
   check_device(op, "weight_zero", weight_zero, packed_weight);
-  return {aligned(packed_weight), aligned(weight_scale), aligned(weight_zero)};
 }
 
 // end_at(row): the epilogue from that row on, without the input's scale. `sums` and `input_scale`
@@ -91,12 +94,13 @@ Tensor quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_s
   const LinearInt4Shape shape =
       check_quantized_linear_int4(op, "input", input, true, packed_weight, weight_scale,
                                   weight_zero, in_features, out_features);
-  const NoGradGuard no_grad;
-  check_device(op, "input", input, packed_weight);
+  check_devices(op, "input", input, packed_weight, weight_scale, weight_zero);
   if (bias) check_device(op, "bias", *bias, packed_weight);
   if (residual) check_device(op, "residual", *residual, packed_weight);
+
+  const NoGradGuard no_grad;
   const CudaContext context(op, input);
-  const Weight weight = check_weight(op, packed_weight, weight_scale, weight_zero);
+  const Weight weight(packed_weight, weight_scale, weight_zero);
   Tensor output = torch::stable::new_empty(input, with_last_size(input, out_features));
   const CudaLinearTail tail(op, output, bias, residual, activation);
   if (output.numel() == 0) return output;
@@ -114,10 +118,11 @@ std::tuple<Tensor, Tensor> quantized_linear_int4_accumulators(Tensor input, Tens
   const LinearInt4Shape shape =
       check_quantized_linear_int4(op, "input", input, true, packed_weight, weight_scale,
                                   weight_zero, in_features, out_features);
+  check_devices(op, "input", input, packed_weight, weight_scale, weight_zero);
+
   const NoGradGuard no_grad;
-  check_device(op, "input", input, packed_weight);
   const CudaContext context(op, input);
-  const Weight weight = check_weight(op, packed_weight, weight_scale, weight_zero);
+  const Weight weight(packed_weight, weight_scale, weight_zero);
   IntList sizes = with_last_size(input, shape.groups);
   const IntList scale_sizes(sizes.begin(), sizes.end() - 1);
   sizes.push_back(out_features);
@@ -135,10 +140,11 @@ Tensor quantized_linear_int4_backward(Tensor grad, Tensor packed_weight, Tensor 
   const char* op = "quantized_linear_int4_backward";
   const LinearInt4Shape shape = check_quantized_linear_int4(
       op, "grad", grad, false, packed_weight, weight_scale, weight_zero, in_features, out_features);
+  check_devices(op, "grad", grad, packed_weight, weight_scale, weight_zero);
+
   const NoGradGuard no_grad;
-  check_device(op, "grad", grad, packed_weight);
   const CudaContext context(op, grad);
-  const Weight weight = check_weight(op, packed_weight, weight_scale, weight_zero);
+  const Weight weight(packed_weight, weight_scale, weight_zero);
   Tensor output = torch::stable::new_empty(grad, with_last_size(grad, in_features));
   if (output.numel() == 0) return output;
   const Input input(grad);
