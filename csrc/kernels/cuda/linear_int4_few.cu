@@ -27,12 +27,15 @@ struct Spans {
   int total;         // pieces of all K
 };
 
-Spans spans_of(int64_t groups, int64_t group_size) {
+Spans spans_of(int64_t groups, int64_t group_size, int most_pieces) {
   Spans s{};
   s.octets = static_cast<int>(group_size / kOctet);
   s.steps = (s.octets + kUnitsOfStep - 1) / kUnitsOfStep;
   s.span = kSteps;
-  while (s.steps % s.span != 0 && s.span % s.steps != 0) --s.span;
+  const auto fits = [&] {
+    return s.steps % s.span == 0 || (s.span % s.steps == 0 && s.span / s.steps <= most_pieces);
+  };
+  while (!fits()) --s.span;
   s.piece = s.span < s.steps ? s.span : s.steps;
   s.pieces = s.span / s.piece;
   s.group_pieces = s.steps / s.piece;
@@ -261,7 +264,8 @@ template <class T, int kTiles>
 cudaError_t launch_for(const LinearInt4Params& p, const Int4Input& input, int64_t row_bytes,
                        cudaStream_t stream) {
   if (p.groups * p.group_size > INT32_MAX) return cudaErrorInvalidValue;
-  const Spans s = spans_of(p.groups, p.group_size);
+  // At most 80 KB of shared memory, so that two blocks fit.
+  const Spans s = spans_of(p.groups, p.group_size, kSteps / kTiles);
   const int64_t panels = (p.columns + kPanelColumns - 1) / kPanelColumns;
   const int64_t tiles = (p.rows + kTiles * kTokens - 1) / (kTiles * kTokens);
   const int64_t rows = p.rows < kTiles * kTokens ? p.rows : kTiles * kTokens;
