@@ -6,6 +6,7 @@
 
 #include "buffer.h"
 #include "check.h"
+#include "kernels/cuda/lane.h"
 #include "kernels/cuda/linear_int4.h"
 #include "kernels/cuda/linear_rows.h"
 #include "kernels/cuda/quantized_linear.h"

@@ -6,6 +6,7 @@
 
 #include "buffer.h"
 #include "check.h"
+#include "kernels/cuda/lane.h"
 #include "kernels/cuda/linear_weight_only.h"
 
 using namespace torchweld::kernels;
