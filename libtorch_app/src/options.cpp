@@ -81,12 +81,15 @@ enum Option { kOps = 1000 };
 constexpr option kInspectOptions[] = {
     {"ops", required_argument, nullptr, kOps}, {"help", no_argument, nullptr, 'h'}, {}};
 
-constexpr option kPredictOptions[] = {
-    {"input", required_argument, nullptr, 'i'},   {"output", required_argument, nullptr, 'o'},
-    {"top-k", required_argument, nullptr, 'k'},   {"batch-size", required_argument, nullptr, 'b'},
-    {"threads", required_argument, nullptr, 't'}, {"device", required_argument, nullptr, 'd'},
-    {"ops", required_argument, nullptr, kOps},    {"help", no_argument, nullptr, 'h'},
-    {}};
+constexpr option kPredictOptions[] = {{"input", required_argument, nullptr, 'i'},
+                                      {"output", required_argument, nullptr, 'o'},
+                                      {"top-k", required_argument, nullptr, 'k'},
+                                      {"batch-size", required_argument, nullptr, 'b'},
+                                      {"threads", required_argument, nullptr, 't'},
+                                      {"device", required_argument, nullptr, 'd'},
+                                      {"ops", required_argument, nullptr, kOps},
+                                      {"help", no_argument, nullptr, 'h'},
+                                      {}};
 
 int64_t parse_integer(const char* option, const char* text, int64_t lowest, int64_t highest) {
   int64_t value;

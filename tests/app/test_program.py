@@ -16,6 +16,7 @@ from tests.app.program import save_plain
 def test_help_and_version(weld):
     assert "weld inspect MODEL" in weld("--help").stdout
     assert "--top-k" in weld("predict", "--help").stdout
+    assert "cuda:N" in weld("predict", "--help").stdout
     assert "--ops" in weld("inspect", "--help").stdout
     version = torch.__version__.split("+")[0]
     assert weld("--version").stdout == (
@@ -42,6 +43,8 @@ def test_help_and_version(weld):
         (["predict", "a", "--threads", "2.5"], "from 1 to 4096"),
         (["predict", "a", "--threads", "4097"], "from 1 to 4096"),
         (["predict", "a", "--threads", "99999999999999999999"], "from 1 to 4096"),
+        (["predict", "a", "--device", "tpu"], 'takes cpu, cuda or cuda:N, got "tpu"'),
+        (["predict", "a", "--device", "cuda:x"], 'from 0 to 127, got "x"'),
         (["predict", "a", "-zk", "3"], "-z is not an option"),
         (["predict", "a", "--input", ""], "--input has an empty value"),
         (["predict", "a", "-k", ""], "-k has an empty value"),
@@ -107,3 +110,10 @@ def test_interrupt(weld, tmp_path, images):
         finally:
             process.kill()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.pt", "x.npy"]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_device_without_cuda(weld, cnn, images):
+    reason = weld.fails("predict", cnn[1], "--input", images, "--device", "cuda")
+    assert reason.startswith("--device cuda: this torch is built without CUDA; there is no ")
+    assert reason.endswith("libtorch_cuda.so")

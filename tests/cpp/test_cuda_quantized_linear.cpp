@@ -15,8 +15,6 @@ using namespace torchweld::kernels::cuda;
 
 namespace {
 
-constexpr int kMultiprocessors = 132;
-
 void ok(cudaError_t error) { CHECK(error == cudaSuccess, "%d", static_cast<int>(error)); }
 
 // Exactly as many bytes as there may be, aligned to 16.
@@ -86,16 +84,17 @@ struct Device {
     const QuantizedLinearParams given = params(activation, sums, to);
     if (how == How::on_the_way) {
       CHECK(quantizes_on_the_way(layer.m, layer.k, group_size), "%ld rows", (long)layer.m);
-      return ok(launch_quantized_linear_of(dtype, rows(), given, nullptr));
+      return ok(launch_quantized_linear_of(dtype, rows(), given, multiprocessors, nullptr));
     }
     ok(launch_quantize_rows(dtype, rows(), nullptr));
-    if (how == How::few) return ok(launch_few_rows(given, nullptr));
+    if (how == How::few) return ok(launch_few_rows(given, multiprocessors, nullptr));
     if (how == How::blocks && !sums) return ok(launch_long_sums(given, 8, nullptr));
-    if (how == How::tiles) return ok(launch_tiles(given, kMultiprocessors, nullptr));
-    ok(launch_quantized_linear(given, kMultiprocessors, nullptr));
+    if (how == How::tiles) return ok(launch_tiles(given, multiprocessors, nullptr));
+    ok(launch_quantized_linear(given, multiprocessors, nullptr));
   }
 
   const QuantizedLayer& layer;
+  int multiprocessors = 132;
   DType dtype;
   int64_t group_size, groups;
   Aligned<int8_t> packed, quantized;
@@ -121,13 +120,14 @@ bool equal(const Buffer& a, const Buffer& b) {
 }
 
 void check(How how, const QuantizedLayer& layer, LinearActivation activation,
-           DType dtype = DType::float32, int64_t group_size = 0) {
+           DType dtype = DType::float32, int64_t group_size = 0, int multiprocessors = 132) {
   const auto same = [&](bool is_same, const char* what) {
     CHECK(is_same, "%s of %ld x %ld x %ld, way %d, dtype %d", what, static_cast<long>(layer.m),
           static_cast<long>(layer.n), static_cast<long>(layer.k), static_cast<int>(how),
           static_cast<int>(dtype));
   };
   Device device(layer, dtype, group_size);
+  device.multiprocessors = multiprocessors;
   const QuantizedResult expected = run_on_cpu(layer, activation, dtype, group_size);
   device.run(how, activation, false, device.output.data.get());
   same(equal(device.output, expected.output), "output");
@@ -158,7 +158,11 @@ void check_few_rows() {
   }
   for (int64_t k : {0, 1, 3, 4, 64, 65, 2047, 4100}) {
     check(How::few, QuantizedLayer(3, 19, k), any_activation(k), any_dtype(k));
-    check(How::on_the_way, QuantizedLayer(1 + k % 4, 19, k), any_activation(k), any_dtype(k));
+    // With one multiprocessor, two blocks are many, and small.
+    for (int multiprocessors : {1, 132}) {
+      check(How::on_the_way, QuantizedLayer(1 + k % 4, 34, k), any_activation(k), any_dtype(k), 0,
+            multiprocessors);
+    }
   }
 }
 

@@ -45,9 +45,7 @@ def test_output(dtype, activation, group_size):
     for m in ROWS:
         x, residual = 3 * randn(m, 200, dtype=dtype), randn(m, 67, dtype=dtype, seed=2)
         expected = layer(x, activation, residual, group_size)
-        assert_equal(
-            on_device(x.to(DEVICE), activation, residual.to(DEVICE), group_size), expected
-        )
+        assert_equal(on_device(x.to(DEVICE), activation, residual.to(DEVICE), group_size), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)

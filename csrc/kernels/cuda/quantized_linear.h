@@ -43,12 +43,12 @@ cudaError_t launch_quantized_linear(const QuantizedLinearParams&, int multiproce
 // `params` has no quantized rows and no input_scale.
 bool quantizes_on_the_way(int64_t rows, int64_t in_features, int64_t group_size);
 cudaError_t launch_quantized_linear_of(DType, const QuantizeRows&, const QuantizedLinearParams&,
-                                       cudaStream_t);
+                                       int multiprocessors, cudaStream_t);
 
 // Rows up to which launch_quantized_linear() sums without tiles.
 inline constexpr int64_t kFewRows = 32;
 // The launches behind it: of one sum; of tiles; of sums that int32 holds for `quads` only.
-cudaError_t launch_few_rows(const QuantizedLinearParams&, cudaStream_t);
+cudaError_t launch_few_rows(const QuantizedLinearParams&, int multiprocessors, cudaStream_t);
 cudaError_t launch_tiles(const QuantizedLinearParams&, int multiprocessors, cudaStream_t);
 cudaError_t launch_long_sums(const QuantizedLinearParams&, int64_t quads, cudaStream_t);
 

@@ -1,7 +1,7 @@
 // Up to kFewRows rows: as fast as the weight can be read. A block has 32 columns, its warps share
 // K, and every lane loads its words of the weight from memory straight into registers, one step
-// ahead of what it multiplies: 64 KB under way in a multiprocessor. Sums are integers, so the order
-// in which the warps add theirs together does not show.
+// ahead of what it multiplies: 64 KB and more under way in a multiprocessor. Sums are integers, so
+// the order in which the warps add theirs together does not show.
 #include "kernels/cuda/async.h"
 #include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/mma.h"
@@ -11,8 +11,8 @@
 namespace torchweld::kernels::cuda {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * 32;
+constexpr int kMostThreads = 512;
+constexpr int kLeastThreads = 256;
 constexpr int kColumns = 2 * static_cast<int>(kPanelColumns);
 constexpr int kAhead = 2;  // steps
 
@@ -23,8 +23,9 @@ class FewRows {
   TORCHWELD_INLINE explicit FewRows(const QuantizedLinearParams& params)
       : quads_(params.quads), rows_(params.rows), g_(threadIdx.x % 32 / 4), t_(threadIdx.x % 4) {
     const int64_t steps = (params.quads + kStepQuads - 1) / kStepQuads, warp = threadIdx.x / 32;
-    step_ = steps * warp / kWarps;
-    end_ = steps * (warp + 1) / kWarps;
+    const int64_t warps = blockDim.x / 32;
+    step_ = steps * warp / warps;
+    end_ = steps * (warp + 1) / warps;
     const int64_t panel = 2 * static_cast<int64_t>(blockIdx.x) + g_ / 4;
     // Of a panel that does not exist no quad does.
     if (panel * kPanelColumns >= params.columns) quads_ = 0;
@@ -107,12 +108,13 @@ TORCHWELD_INLINE void finish(const QuantizedLinearParams& params, const int32_t*
 
 template <int kTiles>
 TORCHWELD_INLINE void clear(int32_t* sums) {
-  for (int i = static_cast<int>(threadIdx.x); i < 8 * kTiles * kColumns; i += kThreads) sums[i] = 0;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int i = static_cast<int>(threadIdx.x); i < 8 * kTiles * kColumns; i += threads) sums[i] = 0;
 }
 
 template <int kTiles>
-__global__ void __launch_bounds__(kThreads) multiply_few(QuantizedLinearParams params) {
-  static_assert(8 * kTiles <= kThreads / 8);
+__global__ void __launch_bounds__(kMostThreads) multiply_few(QuantizedLinearParams params) {
+  static_assert(8 * kTiles <= kLeastThreads / 8);
   alignas(16) __shared__ int32_t sums[8 * kTiles * kColumns];
   FewRows<kTiles> rows(params);
   clear<kTiles>(sums);
@@ -132,7 +134,7 @@ constexpr int64_t shared_stride(int64_t in_features) {
 }
 
 // Of rows that come as floats. The first words of the weight are on their way meanwhile.
-template <class T>
+template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     quantize_and_multiply_few(QuantizeRows from, QuantizedLinearParams params) {
   using Quantizer = RowQuantizer<T, kThreads>;
@@ -157,38 +159,50 @@ __global__ void __launch_bounds__(kThreads)
   finish<1>(params, sums);
 }
 
-int64_t blocks_of(const QuantizedLinearParams& params) {
-  return params.rows == 0 ? 0 : (params.columns + kColumns - 1) / kColumns;
-}
+struct Grid {
+  Grid(const QuantizedLinearParams& params, int multiprocessors)
+      : blocks(params.rows == 0 ? 0 : (params.columns + kColumns - 1) / kColumns),
+        // Small blocks go several to a multiprocessor, where there are enough of them.
+        threads(blocks < 2 * multiprocessors ? kMostThreads : kLeastThreads) {}
+  int64_t blocks;
+  int threads;
+};
 
 template <class T>
-cudaError_t launch_of(QuantizeRows from, const QuantizedLinearParams& params, cudaStream_t stream) {
+cudaError_t launch_of(QuantizeRows from, const QuantizedLinearParams& params, const Grid& grid,
+                      cudaStream_t stream) {
   from.quantized_stride = shared_stride(from.in_features);
-  return launch_with_shared(quantize_and_multiply_few<T>, blocks_of(params), kThreads,
-                            from.rows * from.quantized_stride, stream, from, params);
+  return launch_with_shared(
+      grid.threads == kMostThreads ? quantize_and_multiply_few<T, kMostThreads>
+                                   : quantize_and_multiply_few<T, kLeastThreads>,
+      grid.blocks, grid.threads, from.rows * from.quantized_stride, stream, from, params);
 }
 
 }  // namespace
 
 bool quantizes_on_the_way(int64_t rows, int64_t in_features, int64_t group_size) {
-  constexpr int64_t kMostShared = 32 << 10;  // so that two blocks fit a multiprocessor
+  constexpr int64_t kMostShared = 32 << 10;  // so that several blocks fit a multiprocessor
   return group_size == 0 && rows <= kMostOnTheWay &&
          rows * shared_stride(in_features) <= kMostShared;
 }
 
 cudaError_t launch_quantized_linear_of(DType dtype, const QuantizeRows& from,
-                                       const QuantizedLinearParams& params, cudaStream_t stream) {
-  if (dtype == DType::float32) return launch_of<float>(from, params, stream);
-  if (dtype == DType::bfloat16) return launch_of<BFloat16>(from, params, stream);
-  if (dtype == DType::float16) return launch_of<Float16>(from, params, stream);
+                                       const QuantizedLinearParams& params, int multiprocessors,
+                                       cudaStream_t stream) {
+  const Grid grid(params, multiprocessors);
+  if (dtype == DType::float32) return launch_of<float>(from, params, grid, stream);
+  if (dtype == DType::bfloat16) return launch_of<BFloat16>(from, params, grid, stream);
+  if (dtype == DType::float16) return launch_of<Float16>(from, params, grid, stream);
   return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_few_rows(const QuantizedLinearParams& params, cudaStream_t stream) {
+cudaError_t launch_few_rows(const QuantizedLinearParams& params, int multiprocessors,
+                            cudaStream_t stream) {
   const auto kernel = params.rows <= 8    ? multiply_few<1>
                       : params.rows <= 16 ? multiply_few<2>
                                           : multiply_few<4>;
-  return launch(kernel, blocks_of(params), kThreads, stream, params);
+  const Grid grid(params, multiprocessors);
+  return launch(kernel, grid.blocks, grid.threads, stream, params);
 }
 
 }  // namespace torchweld::kernels::cuda

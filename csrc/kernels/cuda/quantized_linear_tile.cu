@@ -288,7 +288,7 @@ cudaError_t launch_tiles(const QuantizedLinearParams& params, int multiprocessor
 cudaError_t launch_quantized_linear(const QuantizedLinearParams& params, int multiprocessors,
                                     cudaStream_t stream) {
   const bool is_one_sum = params.group_quads == 0 && params.quads * kQuad <= kMaxSummed;
-  return params.rows <= kFewRows && is_one_sum ? launch_few_rows(params, stream)
+  return params.rows <= kFewRows && is_one_sum ? launch_few_rows(params, multiprocessors, stream)
                                                : launch_tiles(params, multiprocessors, stream);
 }
 

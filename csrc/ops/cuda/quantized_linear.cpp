@@ -45,9 +45,11 @@ void multiply(const CudaContext& context, const Product& of, const F& end_at) {
                                .group_quads = of.group_size / kQuad,
                                .group_scale = nullptr,
                                .end = end_at(0)};
+  const int multiprocessors = context.multiprocessors();
   if (of.input_scale == nullptr &&
       quantizes_on_the_way(shape.rows, shape.in_features, of.group_size)) {
-    return context.check(launch_quantized_linear_of(input.dtype, from, params, context.stream()));
+    return context.check(
+        launch_quantized_linear_of(input.dtype, from, params, multiprocessors, context.stream()));
   }
   const int64_t chunk = rows_at_a_time(shape.rows, from.quantized_stride);
   CudaScratch scratch;
@@ -56,7 +58,6 @@ void multiply(const CudaContext& context, const Product& of, const F& end_at) {
   scratch.allocate(of.input);
   from.quantized = scratch.at<int8_t>(quantized_at);
   params.quantized = from.quantized;
-  const int multiprocessors = context.multiprocessors();
   for (int64_t row = 0; row < shape.rows; row += chunk) {
     from.input = input.at(row);
     from.rows = params.rows = std::min(chunk, shape.rows - row);

@@ -61,8 +61,8 @@ def quantized_linear(
         one rounding to the dtype of ``input``. The result has the same bits on every CPU
         instruction set, for any number of threads, and whatever other rows are in the batch. The
         CUDA kernels are written to give those bits too, but for the payload of a NaN (compiled and
-        emulated, not yet run). The weight's scale comes last, so a row may overflow where a float layer's would not: from
-        inputs of 1e32 on, or so.
+        emulated, not yet run). The weight's scale comes last, so a row may overflow where a float
+        layer's would not: from inputs of 1e32 on, or so.
 
         Differentiable in ``input``, ``bias`` and ``residual``; rounding counts as the identity
         (straight-through estimator), so the gradient of ``input`` is that of a linear layer with
