@@ -164,7 +164,8 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   // octet j holds k = 8 j + i in the low bits and 8 j + 4 + i in the high ones; weight_scale
   // bfloat16 and weight_zero uint8, within 15, [ceil(N/16), groups, 16]. groups = ceil(K /
   // group_size). Scales that pad N are 0. K = in_features, N = out_features. Same bits on every CPU
-  // instruction set and on CUDA, for any number of threads and of rows. CUDA does not look at zeros.
+  // instruction set and on CUDA, for any number of threads and of rows. CUDA does not look at
+  // zeros.
   m.def(
       "quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_scale, "
       "Tensor weight_zero, Tensor? bias, Tensor? residual, int in_features, int out_features, "
