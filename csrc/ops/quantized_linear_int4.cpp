@@ -57,6 +57,14 @@ LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument
                   "contiguous uint8 [" << shape.panels << ", " << shape.groups << ", 16]",
                   describe(weight_zero));
 
+  // On CUDA to look would be to wait for it.
+  if (!weight_zero.is_cuda()) {
+    const uint8_t* zeros = weight_zero.const_data_ptr<uint8_t>();
+    uint8_t bits = 0;
+    for (int64_t i = 0; i < weight_zero.numel(); ++i) bits |= zeros[i];
+    TORCHWELD_CHECK(bits <= 15, op, "weight_zero", "values within 0 to 15", "greater ones");
+  }
+
   const bool is_packed = packed_weight.scalar_type() == ScalarType::Byte &&
                          packed_weight.dim() == 4 && packed_weight.is_contiguous() &&
                          has_shape(packed_weight, {shape.panels, packed_weight.size(1),

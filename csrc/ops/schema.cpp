@@ -157,7 +157,7 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "int in_features) -> Tensor");
   // activation(input @ (weight_scale * weight)^T + bias) + residual with activations left floating
   // point; the arguments are those of quantized_linear. Same bits on every CPU instruction set, for
-  // any number of threads and of rows.
+  // any number of threads and of rows. CUDA sums in another order, which shape alone decides.
   m.def(
       "weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scale, Tensor? bias, "
       "Tensor? residual, int in_features, str activation=\"identity\") -> Tensor");
@@ -166,7 +166,9 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
   // per row to int8. packed_weight uint8 [ceil(N/16), groups * group_size / 8, 16, 4]: byte i of
   // octet j holds k = 8 j + i in the low bits and 8 j + 4 + i in the high ones; weight_scale
   // bfloat16 and weight_zero uint8, within 15, [ceil(N/16), groups, 16]. groups = ceil(K /
-  // group_size). Scales that pad N are 0. K = in_features, N = out_features. Bits as above.
+  // group_size). Scales that pad N are 0. K = in_features, N = out_features. Same bits on every CPU
+  // instruction set and on CUDA, for any number of threads and of rows. CUDA does not look at
+  // zeros.
   m.def(
       "quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_scale, "
       "Tensor weight_zero, Tensor? bias, Tensor? residual, int in_features, int out_features, "

@@ -44,6 +44,9 @@ using cudaStream_t = struct CUstream_st*;
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -357,6 +360,19 @@ T atomicMax(T* to, T value) {
 inline unsigned __float_as_uint(float x) { return cuda_emulator::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_emulator::bit_cast<float>(x); }
 inline double __longlong_as_double(long long x) { return cuda_emulator::bit_cast<double>(x); }
+// Bytes of y:x, one for each digit of the selector.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
+  return result;
+}
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return sum;
+}
 template <class T>
 T __ldcg(const T* from) {
   return *from;

@@ -51,6 +51,15 @@ class Weight:
     def __call__(self, x, activation="identity", residual=None):
         return op(x, *self.packed, self.bias, residual, self.k, self.n, activation)
 
+    def to(self, device):
+        """A copy of what the operators are given, elsewhere."""
+        copy = object.__new__(Weight)
+        copy.n, copy.k, copy.group_size = self.n, self.k, self.group_size
+        copy.q, copy.scale, copy.zero = (x.to(device) for x in self.canonical)
+        copy.packed = tuple(x.to(device) for x in self.packed)
+        copy.bias = None if self.bias is None else self.bias.to(device)
+        return copy
+
     def accumulators(self, x):
         return accumulators(x, *self.packed, self.k, self.n)
 

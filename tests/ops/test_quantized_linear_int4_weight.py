@@ -136,6 +136,10 @@ def test_errors_of_quantize_weight():
         ({"out_features": -1}, "out_features: expected 0 or more, got -1"),
         ({"weight_scale": torch.zeros(1, 2, 16)}, "weight_scale: expected.*got float32"),
         (
+            {"weight_zero": torch.full((1, 2, 16), 16, dtype=torch.uint8)},
+            "weight_zero: expected values within 0 to 15, got greater ones",
+        ),
+        (
             {"weight_zero": torch.zeros(1, 1, 16, dtype=torch.uint8)},
             r"weight_zero: expected contiguous uint8 \[1, 2, 16\], got uint8 \[1, 1, 16\]",
         ),

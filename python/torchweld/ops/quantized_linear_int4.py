@@ -59,12 +59,15 @@ def quantized_linear_int4(
         float32: ``total = fma(sum[g], weight_scale[g], total)`` in the order of the groups, then
         ``total * input_scale + bias``, the activation, the residual, and one rounding to the
         dtype of ``input``. The result has the same bits on every CPU instruction set, for any
-        number of threads, and whatever other rows are in the batch.
+        number of threads, and whatever other rows are in the batch. The CUDA kernels are written to
+        give those bits too, but for the payload of a NaN (compiled and emulated, not yet run). They
+        cannot check that ``weight_zero`` is within 15, for which the host would have to wait.
 
         Differentiable in ``input``, ``bias`` and ``residual``; rounding the activations counts as
         the identity (straight-through estimator), so the gradient of ``input`` is that of a linear
-        layer with the dequantized weight. Under autocast ``input`` is cast to the autocast dtype,
-        everything else is left as it is.
+        layer with the dequantized weight. On CUDA tensor cores multiply it exactly and sum in
+        float32. Under autocast ``input`` is cast to the autocast dtype, everything else is left as
+        it is.
 
     Reference:
         Groups with a scale and an integer zero, as in https://arxiv.org/abs/2306.00978;
@@ -141,7 +144,10 @@ def quantize_weight_int4(weight: Tensor, group_size: int = 128) -> tuple[Tensor,
     values = F.pad(weight, (0, groups * group_size - k)).view(n, groups, group_size)
     low, high = values.amin(2).clamp_max(0), values.amax(2).clamp_min(0)
     # Divided before the difference, which could be infinite.
-    scale = (high / 15 - low / 15).clamp_min(torch.finfo(torch.float32).tiny).to(torch.bfloat16)
+    # By a tensor: on CUDA torch multiplies by the inverse of a number, which rounds differently.
+    most = torch.full_like(high, 15)
+    scale = (high / most - low / most).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = scale.to(torch.bfloat16)
     inverse = 1 / scale.float()
     zero = (-low * inverse).round().clamp(0, 15)
     u = ((values * inverse[..., None]).round() + zero[..., None]).clamp(0, 15)

@@ -44,6 +44,10 @@ def weight_only_linear(
         number of threads, and whatever other rows are in the batch. Scales meet the sum and not the
         weight, so a sum may overflow where a float layer's would not: inputs beyond 1e36 or so.
 
+        On CUDA tensor cores form the same products, exactly, also of float32 activations, and sum
+        them in float32 in an order of their own: deterministic, and the same for every row, but
+        another one for up to 8, up to 32 and more rows (compiled and emulated, not yet run).
+
         Differentiable in ``input``, ``bias`` and ``residual``. Under autocast ``input`` is cast to
         the autocast dtype, everything else is left as it is.
 
