@@ -17,8 +17,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -60,10 +62,46 @@ To bit_cast(const From& from) {
 
 constexpr unsigned kWarp = 32;
 
+// The asynchronous copies of 16 bytes of a thread, in groups, made only when they are waited for.
+class Copies {
+ public:
+  void start(void* to, const void* from) {  // null: zeros
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) {
+      std::fprintf(stderr, "CUDA emulator: a copy that is not aligned\n");
+      std::abort();
+    }
+    next_.push_back({to, from});
+  }
+  void commit() { groups_.push_back(std::exchange(next_, {})); }
+  void wait(size_t groups_left) {
+    while (groups_.size() > groups_left) {
+      for (const Copy& copy : groups_.front()) {
+        if (copy.from == nullptr) {
+          std::memset(copy.to, 0, 16);
+        } else {
+          std::memcpy(copy.to, copy.from, 16);
+        }
+      }
+      groups_.pop_front();
+    }
+  }
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;
+  };
+  std::vector<Copy> next_;
+  std::deque<std::vector<Copy>> groups_;
+};
+
 class Block {
  public:
-  Block(dim3 size, const std::function<void()>& body)
-      : body_(body), size_(size), fibers_(size.x * size.y * size.z) {}
+  Block(dim3 size, size_t shared, const std::function<void()>& body)
+      : body_(body),
+        size_(size),
+        shared_(std::aligned_alloc(16, (shared + 15) / 16 * 16), std::free),
+        fibers_(size.x * size.y * size.z) {}
 
   void run() {
     current = this;
@@ -120,6 +158,11 @@ class Block {
 
   unsigned lane() const { return at_ % kWarp; }
 
+  Copies& copies() { return fibers_[at_].copies; }
+
+  // Dynamic shared memory, not cleared.
+  unsigned char* shared() const { return static_cast<unsigned char*>(shared_.get()); }
+
   static inline Block* current = nullptr;
 
  private:
@@ -131,6 +174,7 @@ class Block {
     unsigned waits_for = 0;  // the mask of the exchange it is in
     uint64_t given = 0;
     Values received;
+    Copies copies;
     void* fake_stack = nullptr;
   };
   static constexpr size_t kStack = 1 << 16;
@@ -210,6 +254,7 @@ class Block {
 
   const std::function<void()>& body_;
   dim3 size_;
+  std::unique_ptr<void, void (*)(void*)> shared_;
   std::vector<Fiber> fibers_;
   ucontext_t scheduler_;
   size_t at_ = 0;
@@ -238,6 +283,12 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute, int bytes) {
+  return bytes <= 163 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // an A100's
+}
+
 template <class... Expected, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
                                Given&&... args) {
@@ -251,7 +302,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        cuda_emulator::Block(block, body).run();
+        cuda_emulator::Block(block, config->dynamicSmemBytes, body).run();
       }
     }
   }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/conv_bn_relu.h"
-#include "kernels/cpu/vec_math.h"
+#include "kernels/vec_math.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 

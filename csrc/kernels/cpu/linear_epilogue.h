@@ -1,7 +1,7 @@
 // The end of a linear layer's tile: scales, bias, activation, residual, one rounding, store.
 #pragma once
 
-#include "kernels/cpu/vec_math.h"
+#include "kernels/vec_math.h"
 #include "kernels/linear_epilogue.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {

@@ -1,25 +1,29 @@
-// Activation functions on a register. Own polynomials instead of libm, and every contraction
-// written out as fma, so that each instruction set gives the same bits.
+// Activation functions on a register, or on a lane of a GPU. Own polynomials instead of libm, and
+// every contraction written out as fma, so that each instruction set and CUDA give the same bits.
 #pragma once
 
+#if defined(TORCHWELD_LANE)
+#include "kernels/cuda/lane.h"
+#else
 #include "kernels/cpu/vec.h"
+#endif
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 
 // x 2^n for integers n of -150 to 256, rounded once.
-static inline VecF times_power_of_2(VecF x, VecF n) {
-#if defined(__AVX512F__)
+TORCHWELD_INLINE VecF times_power_of_2(VecF x, VecF n) {
+#if defined(__AVX512F__) && !defined(TORCHWELD_LANE)
   return (VecF)_mm512_scalef_ps((__m512)x, (__m512)n);
 #else
   // In two factors, each a normal number: the product may be subnormal or infinite.
-  const VecI32 bits = (VecI32)(n + 12582912.0f) - (VecI32)broadcast<VecF>(12582912.0f);
+  const VecI32 bits = (VecI32)(bits_of(n + 12582912.0f) - bits_of(broadcast<VecF>(12582912.0f)));
   const VecI32 half = bits >> 1;
-  return x * (VecF)((half + 127) << 23) * (VecF)((bits - half + 127) << 23);
+  return x * float_of((VecU32)(half + 127) << 23) * float_of((VecU32)(bits - half + 127) << 23);
 #endif
 }
 
 // e^x. Relative error about 2 ulp; underflows to 0, overflows to infinity, NaN stays NaN.
-static inline VecF exp(VecF x) {
+TORCHWELD_INLINE VecF exp(VecF x) {
   // Beyond these the result is 0 or infinity, and 2^n below would leave the exponent's range.
   x = min(broadcast<VecF>(89.0f), x);
   x = max(broadcast<VecF>(-104.0f), x);
@@ -41,15 +45,15 @@ static inline VecF exp(VecF x) {
 }
 
 // NaN stays NaN.
-static inline VecF relu(VecF x) { return max(VecF{}, x); }
+TORCHWELD_INLINE VecF relu(VecF x) { return max(VecF{}, x); }
 
 // x * sigmoid(z)
-static inline VecF times_sigmoid(VecF x, VecF z) { return x / (exp(-z) + 1.0f); }
+TORCHWELD_INLINE VecF times_sigmoid(VecF x, VecF z) { return x / (exp(-z) + 1.0f); }
 
-static inline VecF silu(VecF x) { return times_sigmoid(x, x); }
+TORCHWELD_INLINE VecF silu(VecF x) { return times_sigmoid(x, x); }
 
 // x/2 * (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), and (1 + tanh(u)) / 2 = sigmoid(2u).
-static inline VecF gelu_tanh(VecF x) {
+TORCHWELD_INLINE VecF gelu_tanh(VecF x) {
   const VecF inner = fma(x * x * 0.044715f, x, x);
   return times_sigmoid(x, inner * 1.59576912f);
 }
@@ -57,9 +61,9 @@ static inline VecF gelu_tanh(VecF x) {
 // x * Phi(x), Phi the normal distribution: Phi(-|x|) = erfc(t) / 2 with t = |x| / sqrt(2).
 // erfc(t) = u exp(v R(v) - t^2), u = 2 / (2 + t), v = 1 - u; R is a Chebyshev fit (error 2e-7) of
 // ln(erfcx(t) / u) / v, so that erfc(0) = 1 exactly. The form is that of Numerical Recipes, 6.2.
-static inline VecF gelu(VecF x) {
+TORCHWELD_INLINE VecF gelu(VecF x) {
   const VecI32 negative = x < VecF{};
-  const VecF t = (VecF)((VecI32)x & 0x7fffffff) * 0.70710678f;
+  const VecF t = float_of(bits_of(x) & 0x7fffffffu) * 0.70710678f;
   const VecF u = 2.0f / (t + 2.0f);
   const VecF v = 1.0f - u;
   VecF p = broadcast<VecF>(-0.08636048f);

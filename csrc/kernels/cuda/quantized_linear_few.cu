@@ -1,0 +1,193 @@
+// Up to kFewRows rows: as fast as the weight can be read. A block has 32 columns, its warps share
+// K, and every lane loads its words of the weight from memory straight into registers, one step
+// ahead of what it multiplies: 64 KB under way in a multiprocessor. Sums are integers, so the order
+// in which the warps add theirs together does not show.
+#include "kernels/cuda/async.h"
+#include "kernels/cuda/mma.h"
+#include "kernels/cuda/quantize_row.h"
+#include "kernels/cuda/quantized_linear.h"
+
+namespace torchweld::kernels::cuda {
+namespace {
+
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * 32;
+constexpr int kColumns = 2 * static_cast<int>(kPanelColumns);
+constexpr int kAhead = 2;  // steps
+
+// The part of K that a warp has, for 8 kTiles rows.
+template <int kTiles>
+class FewRows {
+ public:
+  TORCHWELD_INLINE explicit FewRows(const QuantizedLinearParams& params)
+      : quads_(params.quads), rows_(params.rows), g_(threadIdx.x % 32 / 4), t_(threadIdx.x % 4) {
+    const int64_t steps = (params.quads + kStepQuads - 1) / kStepQuads, warp = threadIdx.x / 32;
+    step_ = steps * warp / kWarps;
+    end_ = steps * (warp + 1) / kWarps;
+    const int64_t panel = 2 * static_cast<int64_t>(blockIdx.x) + g_ / 4;
+    // Of a panel that does not exist no quad does.
+    if (panel * kPanelColumns >= params.columns) quads_ = 0;
+    weight_ = params.panels + panel * params.quads * kPanelColumns * kQuad + g_ % 4 * 16;
+#pragma unroll
+    for (int ahead = 0; ahead < kAhead; ++ahead) load(step_ + ahead, words_[ahead]);
+  }
+
+  TORCHWELD_INLINE void multiply(const int8_t* quantized, int64_t stride) {
+    const int8_t* row = quantized + g_ * stride + t_ * 16;
+    for (; step_ < end_; step_ += kAhead) {
+#pragma unroll
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        const int64_t step = step_ + ahead;
+        if (step < end_) multiply_step(row + step * kStep, stride, words_[ahead]);
+        load(step + kAhead, words_[ahead]);
+      }
+    }
+  }
+
+  // To sums[row][kColumns] of the block.
+  TORCHWELD_INLINE void add_to(int32_t* sums) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int row = tile * 8 + 2 * t_ + i % 2, column = 4 * g_ + i / 2;
+        atomicAdd(sums + row * kColumns + column, sum_[tile][i / 4][i % 4]);
+      }
+    }
+  }
+
+ private:
+  TORCHWELD_INLINE void load(int64_t step, Word (&words)[4]) const {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int64_t quad = step * kStepQuads + 4 * t_ + c;
+      words[c] = {};
+      if (step < end_ && quad < quads_) {
+        words[c] = __ldcg(reinterpret_cast<const Word*>(weight_ + quad * kPanelColumns * kQuad));
+      }
+    }
+  }
+
+  TORCHWELD_INLINE void multiply_step(const int8_t* row, int64_t stride, const Word (&words)[4]) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      Word x{};
+      if (tile * 8 + g_ < rows_) x = *reinterpret_cast<const Word*>(row + tile * 8 * stride);
+      multiply_word({x.x, x.y}, words[0], words[1], sum_[tile]);
+      multiply_word({x.z, x.w}, words[2], words[3], sum_[tile]);
+    }
+  }
+
+  TORCHWELD_INLINE static void multiply_word(const uint32_t (&x)[2], const Word& low,
+                                             const Word& high, int32_t (&sum)[2][4]) {
+    mma_s8(sum[0], {low.x, low.y, high.x, high.y}, x);
+    mma_s8(sum[1], {low.z, low.w, high.z, high.w}, x);
+  }
+
+  int64_t quads_, rows_, step_, end_;
+  int g_, t_;
+  const int8_t* weight_;
+  Word words_[kAhead][4];
+  // Columns 4 g + 2 i, 4 g + 2 i + 1 of rows 2 t and 2 t + 1.
+  int32_t sum_[kTiles][2][4] = {};
+};
+
+template <int kTiles>
+TORCHWELD_INLINE void finish(const QuantizedLinearParams& params, const int32_t* sums) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kColumns;
+  const FourColumns columns(params.end, first + threadIdx.x % 8 * 4, params.columns);
+  if (columns.count <= 0) return;
+  const int row = static_cast<int>(threadIdx.x) / 8;
+  if (row >= params.rows) return;
+  int32_t sum[4];
+  memcpy(sum, sums + row * kColumns + threadIdx.x % 8 * 4, sizeof sum);
+  columns.finish(params.end, row, sum);
+}
+
+template <int kTiles>
+TORCHWELD_INLINE void clear(int32_t* sums) {
+  for (int i = static_cast<int>(threadIdx.x); i < 8 * kTiles * kColumns; i += kThreads) sums[i] = 0;
+}
+
+template <int kTiles>
+__global__ void __launch_bounds__(kThreads) multiply_few(QuantizedLinearParams params) {
+  static_assert(8 * kTiles <= kThreads / 8);
+  alignas(16) __shared__ int32_t sums[8 * kTiles * kColumns];
+  FewRows<kTiles> rows(params);
+  clear<kTiles>(sums);
+  __syncthreads();
+  rows.multiply(params.quantized, params.quantized_stride);
+  rows.add_to(sums);
+  __syncthreads();
+  finish<kTiles>(params, sums);
+}
+
+constexpr int64_t kMostOnTheWay = 4;
+
+// Whose lanes read two rows at a time without conflict.
+constexpr int64_t shared_stride(int64_t in_features) {
+  const int64_t stride = quantized_stride(in_features);
+  return stride % 128 == 0 ? stride + 64 : stride;
+}
+
+// Of rows that come as floats. The first words of the weight are on their way meanwhile.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_and_multiply_few(QuantizeRows from, QuantizedLinearParams params) {
+  using Quantizer = RowQuantizer<T, kThreads>;
+  TORCHWELD_DYNAMIC_SHARED(memory);
+  alignas(16) __shared__ int32_t sums[8 * kColumns];
+  __shared__ typename Quantizer::Shared shared[kMostOnTheWay];
+  __shared__ float scale[kMostOnTheWay];
+  FewRows<1> rows(params);
+  auto* const quantized = reinterpret_cast<int8_t*>(memory);
+  for (int64_t row = 0; row < from.rows; ++row) {
+    scale[row] = Quantizer::run(static_cast<const T*>(from.input) + row * from.input_stride,
+                                from.in_features, quantized + row * from.quantized_stride,
+                                quantized_stride(from.in_features), static_cast<int>(threadIdx.x),
+                                &shared[row]);
+  }
+  clear<1>(sums);
+  __syncthreads();
+  rows.multiply(quantized, from.quantized_stride);
+  rows.add_to(sums);
+  __syncthreads();
+  params.end.of.input_scale = scale;
+  finish<1>(params, sums);
+}
+
+int64_t blocks_of(const QuantizedLinearParams& params) {
+  return params.rows == 0 ? 0 : (params.columns + kColumns - 1) / kColumns;
+}
+
+template <class T>
+cudaError_t launch_of(QuantizeRows from, const QuantizedLinearParams& params, cudaStream_t stream) {
+  from.quantized_stride = shared_stride(from.in_features);
+  return launch_with_shared(quantize_and_multiply_few<T>, blocks_of(params), kThreads,
+                            from.rows * from.quantized_stride, stream, from, params);
+}
+
+}  // namespace
+
+bool quantizes_on_the_way(int64_t rows, int64_t in_features, int64_t group_size) {
+  constexpr int64_t kMostShared = 32 << 10;  // so that two blocks fit a multiprocessor
+  return group_size == 0 && rows <= kMostOnTheWay &&
+         rows * shared_stride(in_features) <= kMostShared;
+}
+
+cudaError_t launch_quantized_linear_of(DType dtype, const QuantizeRows& from,
+                                       const QuantizedLinearParams& params, cudaStream_t stream) {
+  if (dtype == DType::float32) return launch_of<float>(from, params, stream);
+  if (dtype == DType::bfloat16) return launch_of<BFloat16>(from, params, stream);
+  if (dtype == DType::float16) return launch_of<Float16>(from, params, stream);
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_few_rows(const QuantizedLinearParams& params, cudaStream_t stream) {
+  const auto kernel = params.rows <= 8    ? multiply_few<1>
+                      : params.rows <= 16 ? multiply_few<2>
+                                          : multiply_few<4>;
+  return launch(kernel, blocks_of(params), kThreads, stream, params);
+}
+
+}  // namespace torchweld::kernels::cuda
