@@ -24,9 +24,14 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Asks torch only for what changes something: each question costs as much as a small product.
+Tensor in_order(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 Tensor contiguous_float(const Tensor& tensor) {
-  if (tensor.scalar_type() == ScalarType::Float) return torch::stable::contiguous(tensor);
-  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+  if (tensor.scalar_type() == ScalarType::Float) return in_order(tensor);
+  return in_order(torch::stable::to(tensor, ScalarType::Float));
 }
 
 }  // namespace
@@ -49,8 +54,7 @@ LinearTail::LinearTail(const char* op, Tensor& output, std::optional<Tensor> bia
                     "residual", "floating point " << shape_string(output),
                     dtype_name(residual->scalar_type()) << " " << shape_string(*residual));
     first_.residual_is_float = residual->scalar_type() != output.scalar_type();
-    residual_ = first_.residual_is_float ? contiguous_float(*residual)
-                                         : torch::stable::contiguous(*residual);
+    residual_ = first_.residual_is_float ? contiguous_float(*residual) : in_order(*residual);
     residual_element_ = residual_->element_size();
     first_.residual = residual_->const_data_ptr();
     first_.residual_stride = columns;
@@ -75,9 +79,9 @@ void check_bias(const char* op, const Tensor& bias, int64_t columns) {
 }
 
 IntList with_last_size(const Tensor& tensor, int64_t size) {
-  IntList sizes;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  sizes.push_back(size);
+  const auto old = tensor.sizes();
+  IntList sizes(old.begin(), old.end());
+  sizes.back() = size;
   return sizes;
 }
 

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -98,22 +99,31 @@ Tensor empty(const IntList& sizes, ScalarType type, torch::headeronly::MemoryFor
   const auto dtype = to_dtype(type);
   size_t bytes = dtype ? size_of(*dtype) : 1;  // others are bytes
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  IntList strides(sizes.size());
+  if (format == torch::headeronly::MemoryFormat::ChannelsLast) {
+    const int64_t c = std::max<int64_t>(sizes[1], 1), h = std::max<int64_t>(sizes[2], 1),
+                  w = std::max<int64_t>(sizes[3], 1);
+    strides = {c * h * w, 1, w * c, c};
+  } else {
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
+      strides[i] = stride;
+    }
+  }
   if (bytes >= kSmallestPooled && config().memory_pool > 0) {
     if (const Block block = pool().take(bytes); block.data) {
-      IntList strides(sizes.size());
-      if (format == torch::headeronly::MemoryFormat::ChannelsLast) {
-        const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-        strides = {c * h * w, 1, w * c, c};
-      } else {
-        int64_t stride = 1;
-        for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-      }
       return torch::stable::from_blob(block.data, sizes, strides,
                                       torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                       type, [block](void*) { pool().give_back(block); });
     }
   }
-  return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt, format);
+  // Not stable::empty, which looks its operator up by name with every call.
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace torchweld::ops

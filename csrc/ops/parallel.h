@@ -49,7 +49,8 @@ void parallel_for(int64_t size, int64_t grain, const F& f) {
   if (size <= 0) return;
   grain = std::max<int64_t>(1, grain);
   const int64_t workers = std::min(get_num_threads(), (size + grain - 1) / grain);
-  if (workers <= 1 || size >= int64_t{1} << 32) {
+  if (workers <= 1) return f(int64_t{0}, size);
+  if (size >= int64_t{1} << 32) {
     torch::stable::parallel_for(0, size, grain, f);
     return;
   }

@@ -104,7 +104,9 @@ def test_error_is_at_most_stocks(dtype, activation, bias):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_over_its_whole_range(activation):
     # With K = 0 the output is the activation of the bias.
-    z = torch.cat([torch.linspace(-30, 30, 20001), torch.tensor([-1e4, -0.0, 1e-40, 1e4, 3e38])])
+    z = torch.cat(
+        [torch.linspace(-30, 30, 20001), torch.tensor([-3e38, -1e4, -0.0, 1e-40, 1e4, 3e38])]
+    )
     empty = torch.zeros(z.numel(), 0, dtype=torch.int8)
     packed, weight_sum = tw.ops.pack_weight(empty)
     scale = torch.ones(z.numel())

@@ -1,8 +1,8 @@
 // The end of a linear layer's tile: scales, bias, activation, residual, one rounding, store.
 #pragma once
 
-#include "kernels/vec_math.h"
 #include "kernels/linear_epilogue.h"
+#include "kernels/vec_math.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 
@@ -20,6 +20,20 @@ inline VecF load_sums(const int32_t* p) {
   VecI32 sums;
   memcpy(&sums, p, sizeof sums);
   return __builtin_convertvector(sums, VecF);
+}
+
+// Has the residual of a tile fetched while its sums are made: its rows lie too far apart for the
+// processor to foresee.
+template <class T, class Sum>
+void fetch_residual(const LinearEpilogue& to, const LinearTile<Sum>& tile) {
+  if (!to.residual) return;
+  const int64_t element = to.residual_is_float ? sizeof(float) : sizeof(T);
+  const int64_t bytes = tile.columns * element;
+  for (int64_t r = tile.row; r < tile.row + tile.rows; ++r) {
+    const char* row = (const char*)to.residual + (r * to.residual_stride + tile.column) * element;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+    __builtin_prefetch(row + bytes - 1);
+  }
 }
 
 template <LinearActivation A>

@@ -81,6 +81,12 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
   for (int64_t group = 0; group < t.groups; ++group) {
     const bool is_near = (group + 1) * t.octets * 64 + kAhead <= panel_stride;
     const uint8_t* ahead = b + kAhead + (is_near ? 0 : (P - 1) * panel_stride);
+    const int64_t groups_ahead = kAhead / 64 / t.octets;
+    UNROLL for (int p = 0; p < P; ++p) {
+      const int64_t at = (p * t.groups + group + groups_ahead) * kPanelColumns;
+      __builtin_prefetch(t.scale + at);
+      __builtin_prefetch(t.zero + at);
+    }
     // The high bits count 16 times; one exact shift a group takes that off their sums.
     __m512i low[U][R][P], high[U][R][P];
     UNROLL for (int u = 0; u < U; ++u) {
@@ -281,13 +287,15 @@ void multiply(const LinearInt4Block& block) {
   for_each_tile(block,
                 [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const auto& run) {
                   alignas(64) float total[kRows * kTileColumns] = {};
+                  const LinearTile<float> tile{.sum = total,
+                                               .stride = kTileColumns,
+                                               .row = row,
+                                               .rows = rows,
+                                               .column = column,
+                                               .columns = columns};
+                  fetch_residual<T, float>(block.epilogue, tile);
                   run(Totals{.total = total, .stride = kTileColumns});
-                  finish<T, float>(block.epilogue, {.sum = total,
-                                                    .stride = kTileColumns,
-                                                    .row = row,
-                                                    .rows = rows,
-                                                    .column = column,
-                                                    .columns = columns});
+                  finish<T, float>(block.epilogue, tile);
                 });
 }
 

@@ -92,6 +92,7 @@ template <class Sum>
 struct Tiles {
   const QuantizedLinearBlock& block;
   void (*make)(const QuantizedLinearBlock&, const TileRange&, TileArgs, Sum*);
+  void (*before)(const LinearEpilogue&, const LinearTile<Sum>&);
   void (*use)(const LinearEpilogue&, const LinearTile<Sum>&);
 
   void run() const {
@@ -120,6 +121,20 @@ struct Tiles {
     const int8_t* next = passes == 1 ? panels + kAhead : panels + count * panel_bytes;
     for (int64_t row = 0; row < block.rows; row += height) {
       const int64_t rows = block.rows - row < height ? block.rows - row : height;
+      const auto each_tile = [&](auto f) {
+        const int64_t adjacent = distance == 1 ? count : 1;
+        for (int64_t p = 0; p < count; p += adjacent) {
+          const int64_t column = (first + p * distance) * kPanelColumns;
+          const int64_t rest = block.columns - column, columns = adjacent * kPanelColumns;
+          f(block.epilogue, {.sum = sums + p * kPanelColumns,
+                             .stride = count * kPanelColumns,
+                             .row = row,
+                             .rows = rows,
+                             .column = column,
+                             .columns = rest < columns ? rest : columns});
+        }
+      };
+      each_tile(before);
       make(block, {row, rows, count},
            {.a = block.quantized + row * block.quantized_stride,
             .a_stride = block.quantized_stride,
@@ -132,27 +147,18 @@ struct Tiles {
             .next_step = step,
             .c = nullptr},
            sums);
-      const int64_t adjacent = distance == 1 ? count : 1;
-      for (int64_t p = 0; p < count; p += adjacent) {
-        const int64_t column = (first + p * distance) * kPanelColumns;
-        const int64_t rest = block.columns - column, columns = adjacent * kPanelColumns;
-        use(block.epilogue, {.sum = sums + p * kPanelColumns,
-                             .stride = count * kPanelColumns,
-                             .row = row,
-                             .rows = rows,
-                             .column = column,
-                             .columns = rest < columns ? rest : columns});
-      }
+      each_tile(use);
     }
   }
 };
 
 template <class T>
 void multiply(const QuantizedLinearBlock& block) {
-  if (block.group_quads) return Tiles<float>{block, sum_groups, finish<T, float>}.run();
+  if (block.group_quads)
+    return Tiles<float>{block, sum_groups, fetch_residual<T, float>, finish<T, float>}.run();
   if (block.quads * kQuad > kMaxSummed)
-    return Tiles<float>{block, sum_blocks, finish<T, float>}.run();
-  Tiles<int32_t>{block, sum_whole, finish<T, int32_t>}.run();
+    return Tiles<float>{block, sum_blocks, fetch_residual<T, float>, finish<T, float>}.run();
+  Tiles<int32_t>{block, sum_whole, fetch_residual<T, int32_t>, finish<T, int32_t>}.run();
 }
 
 void store_sums(const LinearEpilogue& to, const LinearTile<int32_t>& tile) {
@@ -163,7 +169,7 @@ void store_sums(const LinearEpilogue& to, const LinearTile<int32_t>& tile) {
 }
 
 void accumulate(const QuantizedLinearBlock& block) {
-  Tiles<int32_t>{block, sum_whole, store_sums}.run();
+  Tiles<int32_t>{block, sum_whole, fetch_residual<float, int32_t>, store_sums}.run();
 }
 
 // --- quantization --------------------------------------------------------------------------------

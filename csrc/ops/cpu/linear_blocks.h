@@ -21,7 +21,7 @@ struct LinearProduct {
 
 // What hides the cost of handing it to another thread: products, and bytes of weights if few rows
 // leave these the longer part.
-inline constexpr int64_t kGrainProducts = 1 << 23;
+inline constexpr int64_t kGrainProducts = 1 << 21;
 inline constexpr int64_t kGrainWeights = 1 << 19;
 
 // f(block) for blocks that cover the product, in parallel. Where they begin depends on shapes

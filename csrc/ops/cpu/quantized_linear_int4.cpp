@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ops/check.h"
+#include "ops/cpu/linear_blocks.h"
 #include "ops/cpu/linear_rows.h"
 #include "ops/quantized_linear.h"
 #include "ops/quantized_linear_int4.h"
@@ -10,19 +11,14 @@ namespace torchweld::ops {
 namespace {
 
 using kernels::BFloat16;
-using kernels::kPanelColumns;
 using kernels::LinearInt4Block;
 
 // Bytes of quantized rows made at a time: bounds the scratch memory of a call, and stays in the
 // last cache until they are multiplied.
 constexpr int64_t kScratchBytes = 8 << 20;
 
-// Columns of a task: a multiple of every instruction set's tile.
-constexpr int64_t kTaskColumns = 6 * kPanelColumns;
-
-// Work that hides the cost of handing it to another thread.
-constexpr int64_t kGrainElements = 1 << 15;  // quantized
-constexpr int64_t kGrainProducts = 1 << 21;  // multiplied
+// Elements whose quantization hides the cost of handing them to another thread.
+constexpr int64_t kGrainElements = 1 << 15;
 
 struct Weight {
   const uint8_t* panels;
@@ -33,8 +29,8 @@ struct Weight {
 // Quantizes the rows and calls `run` once for each block of the product, blocks in parallel, with
 // the first row and column of the block; `run` finds everything but the epilogue filled in.
 template <class F>
-void for_each_block(const LinearInt4Shape& shape, const Tensor& input, const Weight& weight,
-                    float* input_scale, const F& run) {
+void multiply_quantized(const LinearInt4Shape& shape, const Tensor& input, const Weight& weight,
+                        float* input_scale, const F& run) {
   const auto quantize =
       cpu_kernels().quantized_linear->quantize[static_cast<size_t>(*to_dtype(input.scalar_type()))];
   const auto prepare = cpu_kernels().linear_int4->prepare;
@@ -48,12 +44,6 @@ void for_each_block(const LinearInt4Shape& shape, const Tensor& input, const Wei
   auto* quantized = reinterpret_cast<int8_t*>(scratch.data());
   const Scratch sums(chunk * shape.groups);
   auto* group_sum = reinterpret_cast<int32_t*>(sums.data());
-
-  // The rows of a task, half a megabyte of them, stay in the second cache.
-  const int64_t task_rows = std::clamp<int64_t>((1 << 19) / stride / 8 * 8, 32, 256);
-  const int64_t column_tasks = divide_up(shape.out_features, kTaskColumns);
-  const int64_t task_products = std::max<int64_t>(
-      1, std::min(task_rows, shape.rows) * stride * std::min(kTaskColumns, shape.out_features));
 
   for (int64_t first = 0; first < shape.rows; first += chunk) {
     const int64_t count = std::min(chunk, shape.rows - first);
@@ -74,27 +64,21 @@ void for_each_block(const LinearInt4Shape& shape, const Tensor& input, const Wei
                .group_size = shape.group_size,
                .group_sum = group_sum + begin * shape.groups});
     });
-    const int64_t row_tasks = divide_up(count, task_rows);
-    parallel_for(row_tasks * column_tasks, kGrainProducts / task_products + 1,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t task = begin; task < end; ++task) {
-                     const int64_t row = task / column_tasks * task_rows;
-                     const int64_t column = task % column_tasks * kTaskColumns;
-                     LinearInt4Block block{
-                         .quantized = quantized + row * stride,
-                         .quantized_stride = stride,
-                         .group_sum = group_sum + row * shape.groups,
-                         .rows = std::min(task_rows, count - row),
-                         .panels = weight.panels + column * shape.padded_in_features() / 2,
-                         .weight_scale = weight.scale + column * shape.groups,
-                         .weight_zero = weight.zero + column * shape.groups,
-                         .groups = shape.groups,
-                         .group_size = shape.group_size,
-                         .columns = std::min(kTaskColumns, shape.out_features - column),
-                         .epilogue = {}};
-                     run(block, first + row, column);
-                   }
-                 });
+    for_each_block(
+        {count, shape.out_features, shape.padded_in_features(), stride}, [&](const LinearBlock& b) {
+          LinearInt4Block block{.quantized = quantized + b.row * stride,
+                                .quantized_stride = stride,
+                                .group_sum = group_sum + b.row * shape.groups,
+                                .rows = b.rows,
+                                .panels = weight.panels + b.column * shape.padded_in_features() / 2,
+                                .weight_scale = weight.scale + b.column * shape.groups,
+                                .weight_zero = weight.zero + b.column * shape.groups,
+                                .groups = shape.groups,
+                                .group_size = shape.group_size,
+                                .columns = b.columns,
+                                .epilogue = {}};
+          run(block, first + b.row, b.column);
+        });
   }
 }
 
@@ -122,12 +106,12 @@ Tensor quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_s
   const auto multiply =
       cpu_kernels().linear_int4->multiply[static_cast<size_t>(*to_dtype(input.scalar_type()))];
   const Scratch input_scale(shape.rows);
-  for_each_block(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
-                 input_scale.data(), [&](LinearInt4Block& block, int64_t row, int64_t column) {
-                   block.epilogue = tail.at(row, column);
-                   block.epilogue.input_scale = input_scale.data() + row;
-                   multiply(block);
-                 });
+  multiply_quantized(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
+                     input_scale.data(), [&](LinearInt4Block& block, int64_t row, int64_t column) {
+                       block.epilogue = tail.at(row, column);
+                       block.epilogue.input_scale = input_scale.data() + row;
+                       multiply(block);
+                     });
   return output;
 }
 
@@ -147,12 +131,12 @@ std::tuple<Tensor, Tensor> quantized_linear_int4_accumulators(Tensor input, Tens
   Tensor input_scale = torch::stable::new_empty(input, scale_sizes, ScalarType::Float);
   int32_t* data = sums.mutable_data_ptr<int32_t>();
   const auto accumulate = cpu_kernels().linear_int4->accumulate;
-  for_each_block(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
-                 input_scale.mutable_data_ptr<float>(),
-                 [&](const LinearInt4Block& block, int64_t row, int64_t column) {
-                   accumulate(block, data + row * shape.groups * out_features + column,
-                              out_features);
-                 });
+  multiply_quantized(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
+                     input_scale.mutable_data_ptr<float>(),
+                     [&](const LinearInt4Block& block, int64_t row, int64_t column) {
+                       accumulate(block, data + row * shape.groups * out_features + column,
+                                  out_features);
+                     });
   return {sums, input_scale};
 }
 

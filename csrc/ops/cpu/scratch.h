@@ -15,6 +15,10 @@ namespace torchweld::ops {
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
+    if (floats <= kFew) {
+      data_ = few_;
+      return;
+    }
     if (floats < kLeast) {  // a tensor would cost more than to fill it
       data_ = static_cast<float*>(::operator new(std::max<int64_t>(floats, 1) * 4, kAlign));
       return;
@@ -24,7 +28,7 @@ class Scratch {
     data_ = tensor_->mutable_data_ptr<float>();
   }
   ~Scratch() {
-    if (!tensor_) ::operator delete(data_, kAlign);
+    if (!tensor_ && data_ != few_) ::operator delete(data_, kAlign);
   }
   Scratch(Scratch&& other) noexcept
       : tensor_(std::move(other.tensor_)), data_(std::exchange(other.data_, nullptr)) {}
@@ -37,10 +41,13 @@ class Scratch {
   // strewn over memory, and those that fall on the same sets of the cache drive each other out.
   static constexpr int64_t kLeast = 1 << 15;
   static constexpr int64_t kPooled = kSmallestPooled / 4;
+  // Rows of a small layer: to allocate these would cost as much as its product.
+  static constexpr int64_t kFew = 512;
   static constexpr std::align_val_t kAlign{64};
 
   std::optional<Tensor> tensor_;
   float* data_;
+  alignas(64) float few_[kFew];
 };
 
 }  // namespace torchweld::ops

@@ -24,7 +24,7 @@ def register_autograd(
     """
     overload = getattr(torch.ops.torchweld, op).default
     below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
-    redispatch = overload.redispatch
+    redispatch = overload._handle.redispatch_boxed  # overload.redispatch, but for one Python call
     # The dispatcher leaves out what has its default value at the end.
     defaults = tuple(argument.default_value for argument in overload._schema.arguments)
 
