@@ -45,8 +45,8 @@ struct Layer {
       : m(s.m),
         n(s.n),
         k(s.k),
-        group_size(s.group_size),
-        groups(round_up(k, group_size) / group_size),
+        group_size(k > 0 ? s.group_size : 0),  // what the operators make of an empty weight
+        groups(k > 0 ? round_up(k, group_size) / group_size : 0),
         x(m * k),
         packed(round_up(n, kPanelColumns) * groups * group_size / 2),
         scale(round_up(n, kPanelColumns) * groups),

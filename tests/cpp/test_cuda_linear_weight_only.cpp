@@ -134,14 +134,15 @@ void check(const Case& c) {
   }
 }
 
-// Every int8 as a 16-bit float, and parts of floats: what one column and one k give.
+// Every int8 as a 16-bit float, and three parts of a float: what one column and one k give. Sums of
+// the parts' products fit a float, however they are rounded.
 void check_every_weight() {
   for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
     for (int q = -128; q < 128; ++q) {
       const Memory x(8 * 4), packed(64), scale(4), output(4);
       packed.as<int8_t>()[0] = static_cast<int8_t>(q);
       scale.as<float>()[0] = 1;
-      const float one = 1 + 0x1p-23f;
+      const float one = 1 + 0x1p-8f + 0x1p-16f;
       if (dtype == DType::float32) {
         x.as<float>()[0] = one;
       } else {

@@ -170,6 +170,7 @@ def test_on_a_side_stream(m):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        on_device(on_gpu.mul_(1))  # what loads kernels may wait
         torch.cuda._sleep(20_000_000)
         on_gpu.mul_(2)  # before the product, or its result is another
         output = on_device(on_gpu)

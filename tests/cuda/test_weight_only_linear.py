@@ -42,7 +42,8 @@ def assert_close(got, layer, x, activation="identity", residual=None) -> None:
     assert got.dtype == x.dtype
     assert got.shape == expected.shape
     # No activation has a slope of more than 1.13.
-    tolerance = ROUNDOFF[x.dtype] * expected.abs() + 2.0**-20 * magnitude
+    # Tensor cores cut sums off instead of rounding them, once for every 8 or 16 terms.
+    tolerance = ROUNDOFF[x.dtype] * expected.abs() + 2.0**-19 * magnitude
     assert ((got.cpu().double() - expected).abs() <= tolerance).all()
 
 
@@ -77,7 +78,8 @@ def test_every_weight_is_exact(dtype, m):
     layer.packed, _ = tw.ops.pack_weight(layer.q)
     layer.scale = torch.ones(255)
     x = torch.zeros(m, 4, dtype=dtype)
-    x[:, 1] = 1 + torch.finfo(dtype).eps
+    # A float32 of three parts, the sums of whose products fit a float: no rounding is hidden.
+    x[:, 1] = 1 + (2**-8 + 2**-16 if dtype == torch.float32 else torch.finfo(dtype).eps)
     expected = (x[:, 1:2].double() * layer.q[:, 1].double()).to(dtype)
     assert torch.equal(on(layer, DEVICE)(x.to(DEVICE)).cpu(), expected)
 
@@ -157,6 +159,7 @@ def test_on_a_side_stream(m, k):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        on_device(on_gpu.mul_(1))  # what loads kernels may wait
         torch.cuda._sleep(20_000_000)
         on_gpu.mul_(2)  # before the product, or its result is another
         output = on_device(on_gpu)

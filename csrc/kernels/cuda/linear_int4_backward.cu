@@ -81,9 +81,8 @@ __global__ void __launch_bounds__(kThreads) gradient(LinearInt4Gradient p) {
 
   const int octet = warp % 2 * 8 + lane.g, row = warp / 2 * kTiles * kTokens;
   const int64_t group = (first_octet + octet) / (p.group_size / kOctet);
-  Columns columns[kPanels];
-#pragma unroll
-  for (int i = 0; i < kPanels; ++i) columns[i].load(p, i, group, 4 * lane.t);
+  Columns next;
+  next.load(p, 0, group, 4 * lane.t);
   // Of tile j and pair i: input features 2 i and 2 i + 1 of the lane's octet, rows 2 t and 2 t + 1.
   float sums[kTiles][4][4] = {};
   for (int step = 0; step < steps; ++step) {
@@ -91,12 +90,12 @@ __global__ void __launch_bounds__(kThreads) gradient(LinearInt4Gradient p) {
     __syncthreads();
     copy(step + kStages - 1);
     const unsigned char* stage = memory + step % kStages * kStageBytes<kParts>;
-#pragma unroll
+#pragma unroll 1  // two at once do not fit the registers
     for (int panel = 0; panel < kPanels; ++panel) {
       const Word words = *reinterpret_cast<const Word*>(stage + panel * kPanelBytes +
                                                         octet * kUnitBytes + lane.t * 16);
-      const Columns of = columns[panel];
-      columns[panel].load(p, int64_t{kPanels} * (step + 1) + panel, group, 4 * lane.t);
+      const Columns of = next;
+      next.load(p, int64_t{kPanels} * step + panel + 1, group, 4 * lane.t);
       uint32_t a[4][2][4];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
@@ -111,20 +110,24 @@ __global__ void __launch_bounds__(kThreads) gradient(LinearInt4Gradient p) {
         }
       }
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int tile = 0; tile < kTiles; ++tile) {
+        // Tensor cores cut off what a sum does not hold. So the least parts come first, and the
+        // sums over panels are rounded ones.
+        float products[4][4] = {};
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
+        for (int part = kParts - 1; part >= 0; --part) {
           const int line = part * kTileRows + row + tile * kTokens + lane.g;
           uint32_t b[2];
           load_unit(stage + kPanels * kPanelBytes + line * kRowBytes +
                         place(line, panel * 2 + lane.t / 2) + lane.t % 2 * 8,
                     true, b);
 #pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {
-            mma_bf16(sums[tile][pair], a[pair][0], b);
-            mma_bf16(sums[tile][pair], a[pair][1], b);
-          }
+          for (int pair = 0; pair < 4; ++pair) mma_bf16(products[pair], a[pair][1], b);
+#pragma unroll
+          for (int pair = 0; pair < 4; ++pair) mma_bf16(products[pair], a[pair][0], b);
         }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) sums[tile][i / 4][i % 4] += products[i / 4][i % 4];
       }
     }
   }

@@ -29,7 +29,7 @@ struct Spans {
 
 Spans spans_of(int64_t groups, int64_t group_size, int most_pieces) {
   Spans s{};
-  s.octets = static_cast<int>(group_size / kOctet);
+  s.octets = groups > 0 ? static_cast<int>(group_size / kOctet) : 1;  // without K none has a size
   s.steps = (s.octets + kUnitsOfStep - 1) / kUnitsOfStep;
   s.span = kSteps;
   const auto fits = [&] {

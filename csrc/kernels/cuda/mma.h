@@ -10,7 +10,8 @@
 //            b[0] = B[2t..][g], b[1] = B[8 + 2t..][g]
 //   D 16 x 8: d[0], d[1] = D[g][2t], D[g][2t + 1]; d[2], d[3] = D[g + 8][2t], D[g + 8][2t + 1]
 //
-// mma_s8 is exact. The others multiply exactly and add in an order that is the hardware's.
+// mma_s8 is exact. The others multiply exactly, add in an order that is the hardware's, and cut off
+// what the sum does not hold, toward zero: see https://doi.org/10.7717/peerj-cs.330.
 #pragma once
 
 #include "kernels/cuda/lane.h"

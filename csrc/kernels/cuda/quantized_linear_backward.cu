@@ -137,8 +137,11 @@ TORCHWELD_INLINE void multiply(const unsigned char* stage, int feature, int row,
       a[i / 2][i % 2] = pair_of(w.x, w.y, i);
       a[i / 2][i % 2 + 2] = pair_of(w.z, w.w, i);
     }
+    // Tensor cores cut off what a sum does not hold. So the least parts come first, and the sums
+    // over panels are rounded ones.
+    float products[kTiles][2][4] = {};
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = kParts - 1; part >= 0; --part) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const int line = part * kTileRows + row + tile * 8 + g;
@@ -146,9 +149,13 @@ TORCHWELD_INLINE void multiply(const unsigned char* stage, int feature, int row,
                                     place_of(line, panel * 2 + t / 2) * 16 + t % 2 * 8;
         uint32_t b[2];
         memcpy(b, __builtin_assume_aligned(from, 8), sizeof b);
-        mma_bf16(sum[tile][0], a[0], b);
-        mma_bf16(sum[tile][1], a[1], b);
+        mma_bf16(products[tile][0], a[0], b);
+        mma_bf16(products[tile][1], a[1], b);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * kTiles; ++i) {
+      sum[i / 8][i / 4 % 2][i % 4] += products[i / 8][i / 4 % 2][i % 4];
     }
   }
 }

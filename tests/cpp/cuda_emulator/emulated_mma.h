@@ -1,9 +1,19 @@
 // What kernels/cuda/mma.h says of the tensor cores, on the emulator.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/cuda/lane.h"
 
 namespace torchweld::kernels::cuda {
+
+inline int32_t cut_off(int64_t x) { return static_cast<int32_t>(x); }
+// The tensor cores' rounding, to zero: a sum of many products is the worse for it.
+inline float cut_off(double x) {
+  const auto rounded = static_cast<float>(x);
+  const bool is_beyond = std::isfinite(rounded) && std::abs(rounded) > std::abs(x);
+  return is_beyond ? std::nextafter(rounded, 0.0f) : rounded;
+}
 
 // Element [row][k] of A, [k][column] of B and the rest is found as the table of mma.h has it: a
 // lane holds words of kPack adjacent k, the halves of K in registers of their own.
@@ -33,7 +43,7 @@ void emulated_mma(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
         }
       }
     }
-    result[i] = static_cast<Sum>(d[i] + sum);
+    result[i] = cut_off(d[i] + sum);
   }
   block.exchange(0xffffffffu, 0);  // all have read; d may be what a or b was
   for (unsigned i = 0; i < 4; ++i) d[i] = result[i];
