@@ -5,8 +5,9 @@
 namespace torchweld::kernels::cuda {
 namespace {
 
+// Two blocks are asked for, and more fit: without a number ptxas saves registers by spilling one.
 template <class T, bool kAmsgrad, bool kObserve>
-__global__ void __launch_bounds__(kStepThreads) step_like_param(AdamWStepParams params) {
+__global__ void __launch_bounds__(kStepThreads, 2) step_like_param(AdamWStepParams params) {
   constexpr int kCount = 16 / sizeof(T);
   using Vec = typename Math<T>::Vec;
   const StepWork work(params);

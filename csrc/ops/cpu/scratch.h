@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <new>
 #include <optional>
-#include <utility>
 
 #include "ops/memory.h"
 
@@ -30,9 +29,7 @@ class Scratch {
   ~Scratch() {
     if (!tensor_ && data_ != few_) ::operator delete(data_, kAlign);
   }
-  Scratch(Scratch&& other) noexcept
-      : tensor_(std::move(other.tensor_)), data_(std::exchange(other.data_, nullptr)) {}
-  Scratch& operator=(Scratch&&) = delete;
+  Scratch(const Scratch&) = delete;  // a few floats lie in the object itself
 
   float* data() const { return data_; }
 
