@@ -8,14 +8,16 @@
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 
-// exp_of<T>(x) and quotient<T>(a, b) are as accurate as storage type T needs them.
+// exp_of<T>(x) and quotient<T>(a, b) are as accurate as storage type T needs them; those of float32
+// have the same bits everywhere.
 #if defined(TORCHWELD_LANE)
+TORCHWELD_INLINE VecD exp(VecD x) { return ::exp(x); }
 template <class T>
 TORCHWELD_INLINE typename Math<T>::Vec exp_of(typename Math<T>::Vec x) {
   if constexpr (sizeof(T) == 2) {
-    return __expf(x);  // relative error below 2^-19 wherever the result is not rounded to 0 or 1
+    return __expf(x);  // relative error below 2^-16
   } else {
-    return ::exp(x);
+    return exp(x);
   }
 }
 template <class T>

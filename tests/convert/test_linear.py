@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 import torchweld as tw
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchweld.convert import _fused
 
 from tests.convert.test_guards import fused_calls
 from tests.convert.test_weld import assert_near
@@ -109,6 +111,16 @@ def test_other_shapes_are_stocks():
         with pytest.raises(ValueError, match="expected 2D or 3D input"):
             model(torch.randn(6))
     assert welded(torch.randn(0, 6)).shape == (0, 5)
+
+
+def test_on_a_gpu_it_stays_a_linear_layer(monkeypatch):
+    """By default cuDNN's convolutions round to TF32, where linear layers do not."""
+    monkeypatch.setattr(_fused, "_DEVICES", ("cpu", "cuda"))
+    with FakeTensorMode():
+        rows = {device: torch.empty(4, 6, device=device) for device in ("cpu", "cuda")}
+    linear, bn, _ = plain()
+    assert _fused._takes(rows["cpu"], linear, bn)
+    assert not _fused._takes(rows["cuda"], linear, bn)
 
 
 def test_autocast(pair):

@@ -393,6 +393,36 @@ void check_a_shared_count() {
   CHECK(second == expected && device.steps[0] == 4, "%g steps", device.steps[0]);
 }
 
+// Bias corrections have the bits of the host's, far past a count for each thread.
+void check_bias_corrections() {
+  constexpr int kSteps = 1200;
+  std::vector<AdamWTensor> tensors(kSteps);
+  std::vector<float> counts(kSteps);
+  std::vector<AdamWScalars> scalars(kSteps);
+  for (int t = 0; t < kSteps; ++t) {
+    counts[t] = static_cast<float>(t);
+    tensors[t].step_count = &counts[t];
+  }
+  counts.back() = 0x1p24f;  // the most that is counted
+  const AdamWGroup group{kLr, 0.9, 0.999, 1e-8, 0.01, 1, nullptr, DType::float64};
+  AdamWPrepareParams prepare{};
+  int32_t skipped = -1;
+  double report[5];
+  prepare.tensors = tensors.data();
+  prepare.count = kSteps;
+  prepare.groups = &group;
+  prepare.scalars = scalars.data();
+  prepare.skipped = &skipped;
+  prepare.report = report;
+  CHECK(launch_adamw_prepare(prepare, nullptr) == cudaSuccess, "prepare");
+  for (int t = 0; t + 1 < kSteps; ++t) {
+    const AdamWScalars expected = AdamWRun::scalars_of(t + 1, kLr);
+    CHECK(scalars[t].step_size == expected.step_size && scalars[t].bias_root == expected.bias_root,
+          "step %d: %.17g, %.17g", t + 1, scalars[t].step_size, scalars[t].bias_root);
+  }
+  CHECK(scalars.back().step_size == kLr && scalars.back().bias_root == 1, "after all steps");
+}
+
 }  // namespace
 
 int main() {
@@ -405,6 +435,7 @@ int main() {
   check_mixed_list();
   check_shards();
   check_norm();
+  check_bias_corrections();
   check_clipping_and_scaling();
   check_skipping();
   check_codes();

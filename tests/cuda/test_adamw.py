@@ -141,6 +141,7 @@ def test_past_2_to_31_elements():
 
 def test_step_on_a_side_stream():
     on_cpu = Lists.random(SHAPES, torch.float32)
+    on_cpu.to("cuda").step()  # a kernel is loaded in its first launch, which may wait
     on_gpu = on_cpu.to("cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

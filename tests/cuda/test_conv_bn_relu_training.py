@@ -101,6 +101,19 @@ def test_gradients_and_formats_are_those_of_stock(precision, layout):
         assert error <= 2 * stocks + 16 * torch.finfo(dtype or torch.float32).eps
 
 
+def test_linear_layers_are_not_rounded_as_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(256, 64), nn.BatchNorm1d(64), nn.ReLU()).to(DEVICE)
+    x = torch.randn(128, 256, device=DEVICE)
+    exact = copy.deepcopy(stock).double()(x.double())
+    theirs = (copy.deepcopy(stock)(x) - exact).norm()
+    snapshot = tw.weld(copy.deepcopy(stock).eval(), inference=True)
+    exact_in_eval = copy.deepcopy(stock).double().eval()(x.double())
+    assert (tw.weld(copy.deepcopy(stock))(x) - exact).norm() <= 2 * theirs
+    assert (snapshot(x) - exact_in_eval).norm() <= 2e-6 * exact_in_eval.norm()
+
+
 # --- memory --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("level", [True, "recompute"])
 def test_memory_saving_keeps_little_and_gives_the_same_bits(level):

@@ -177,13 +177,35 @@ TORCHWELD_INLINE Decision decide(const AdamWPrepareParams& params) {
   return {unscale * clip * factor, skipped};
 }
 
-TORCHWELD_INLINE AdamWScalars scalars_of(const AdamWGroup& group, double step, double grad_scale) {
+// base^n by squaring, in twice the digits of a double and rounded once. The C library's pow() on
+// the host rounds the same way but for one n in a thousand; the device's errs by up to 2 ulp, and
+// 1 - beta2^n makes much of them.
+TORCHWELD_INLINE double power(double base, uint32_t n) {
+  struct Pair {
+    double high, low;
+    TORCHWELD_INLINE void operator*=(Pair b) {
+      const double product = high * b.high;
+      const double rest = fma(high, b.high, -product) + (high * b.low + low * b.high);
+      high = product + rest;
+      low = rest - (high - product);
+    }
+  };
+  Pair result{1, 0}, square{base, 0};
+  for (; n != 0; n >>= 1) {
+    if (n & 1) result *= square;
+    square *= square;
+  }
+  return result.high;
+}
+
+TORCHWELD_INLINE AdamWScalars scalars_of(const AdamWGroup& group, uint32_t step,
+                                         double grad_scale) {
   const double lr = group.lr_data != nullptr ? scalar(group.lr_data, group.lr_dtype) : group.lr;
   return {.decay = 1 - lr * group.weight_decay,
           .beta1 = group.beta1,
           .beta2 = group.beta2,
-          .step_size = lr / (1 - ::pow(group.beta1, step)),
-          .bias_root = ::sqrt(1 - ::pow(group.beta2, step)),
+          .step_size = lr / (1 - power(group.beta1, step)),
+          .bias_root = ::sqrt(1 - power(group.beta2, step)),
           .eps = group.eps,
           .grad_scale = group.sign * grad_scale};
 }
@@ -193,9 +215,9 @@ __global__ void __launch_bounds__(kTotalThreads) prepare(AdamWPrepareParams para
   if (decision.skipped) return;
   for (int64_t t = threadIdx.x; t < params.count; t += kTotalThreads) {
     const AdamWTensor& tensor = params.tensors[t];
-    const double step = *tensor.step_count + 1.0;
+    const auto step = static_cast<uint32_t>(*tensor.step_count + 1.0);
     AdamWScalars scalars = scalars_of(params.groups[tensor.group], step, decision.grad_scale);
-    scalars.key = adamw_key(params.seed, static_cast<uint64_t>(step), tensor.id);
+    scalars.key = adamw_key(params.seed, step, tensor.id);
     params.scalars[t] = scalars;
   }
   // Parameters may share a count: it is the same for all of them, and each adds to it.

@@ -1,6 +1,5 @@
-// Normalize + residual + activation in one pass. Without statistics and weight it is bias +
-// residual
-// + activation, behind a folded convolution.
+// Normalize + residual + activation in one pass. Without statistics and weight it is what follows a
+// folded convolution: bias + residual + activation.
 #include "kernels/cuda/batch_norm_walk.h"
 
 namespace torchweld::kernels::cuda {

@@ -101,7 +101,6 @@ cudaError_t launch_batch_norm_statistics(const StatisticsParams& params, cudaStr
                   static_cast<const T*>(params.x), params.scratch);
   });
   if (error != cudaSuccess) return error;
-  if (error != cudaSuccess) return error;
   // Also of no channels, for the count.
   const int64_t blocks = shape.channels == 0 ? 1 : divide_up(shape.channels, kFinishChannels);
   return launch(finish_statistics, blocks, kThreads, stream, params, walk.chunks);

@@ -61,10 +61,14 @@ def _takes(input: Tensor, conv: nn.Module, bn: nn.Module) -> bool:
     if input.device.type not in _DEVICES:
         return False
     if isinstance(conv, nn.Linear):
-        if input.dim() != 2 or _is_tracing() or exchanges(bn):
+        if input.dim() != 2 or exchanges(bn):
             return input.dim() == 2
+        # There the convolution is cuDNN's, which by default rounds to TF32 where a linear layer
+        # does not.
+        if input.is_cuda:
+            return False
         # An image has pixels; one row is an error in training, which stock words better.
-        return input.shape[0] > int(bn.training)
+        return _is_tracing() or input.shape[0] > int(bn.training)
     if input.dim() != 4:
         return False
     # Written as a product and a sum, a frozen batch norm promotes where the op would round.

@@ -69,10 +69,10 @@ def adamw_step_(
         The results are the same bits for any number of threads and on every instruction set; on
         x86 they are those of ``torch.optim.AdamW(fused=True)``. A tensor whose strides differ
         from its parameter's, or a parameter with gaps, costs a copy. On a GPU they are those of
-        the CPU too, unless a value is NaN or the device's ``pow`` differs from that of the C
-        library by enough to round a bias correction to another float32. There the step waits for
-        nothing, reads ``state_steps`` and ``grad_scale`` on the device, and may be captured in a
-        CUDA graph.
+        the CPU too, unless a value is NaN; of float64, but for one step in a thousand whose bias
+        correction the C library's ``pow`` rounds the other way. There the step
+        waits for nothing, reads ``state_steps`` and ``grad_scale`` on the device, and may be
+        captured in a CUDA graph.
 
     Reference:
         I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019,

@@ -102,15 +102,15 @@ class AdamW(Observed, Saved):
         of threads and on every instruction set; with none of the arguments above, and without
         clipping, they are, on x86, those of ``torch.optim.AdamW(fused=True)``.
 
-        On a GPU results have the bits of the CPU's, unless a value is NaN or the device's ``pow``
-        rounds a bias correction to another float32; of the statistics, ``update_norm`` is added up
-        in another order. A step there is two kernels, three with a norm, and one more for each
-        further dtype and where gradients have moved; the host waits for nothing (but reads
-        ``betas`` that are tensors). It may be captured in a CUDA graph once states have been made:
-        each replay counts, clips, skips and draws random bits as a step of its own; what is a
-        number in the param groups stays as captured, a learning rate in a tensor is read anew.
-        Parameters may be on several devices, with one norm over all. Compiled and run on an
-        emulator, the CUDA half has not yet run on a GPU.
+        On a GPU results have the bits of the CPU's, unless a value is NaN; of float64 parameters,
+        but for one step in a thousand whose bias correction the C library's ``pow`` rounds the
+        other way. Of the statistics, ``update_norm`` is added up in another order. A step there is
+        two kernels, three with a norm, and one more for each further dtype and where gradients have
+        moved; the host waits for nothing (but reads ``betas`` that are tensors). It may be captured
+        in a CUDA graph once states have been made: each replay counts, clips, skips and draws
+        random bits as a step of its own; what is a number in the param groups stays as captured, a
+        learning rate in a tensor is read anew. Parameters may be on several devices, with one norm
+        over all. Compiled and run on an emulator, the CUDA half has not yet run on a GPU.
 
         DTensors are stepped where they are. Their float states are DTensors placed alike, the norm
         is reduced over the mesh, the random bits are those of the unsharded parameter. 8-bit states
