@@ -1,6 +1,7 @@
 // Both gradients from one visit to the gradient of the output, a chunk at a time: the rows of a
 // chunk lie in scratch that stays in cache, and the input gradient is a dense forward over them.
 #include <cstring>
+#include <deque>
 
 #include "ops/cpu/conv_dense.h"
 #include "ops/cpu/scratch.h"
@@ -174,7 +175,7 @@ void merge(const float* partials, int64_t count, int64_t steps, int64_t channels
 
 // One part of the input gradient per phase, and whether there are pixels that no tap reaches.
 struct InputGradients {
-  std::vector<InputGradient> parts;
+  std::deque<InputGradient> parts;  // they hold scratch, which does not move
   bool untouched = false;
 
   InputGradients() = default;

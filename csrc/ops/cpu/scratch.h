@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <new>
 #include <optional>
-#include <utility>
 
 #include "ops/memory.h"
 
@@ -20,7 +19,7 @@ class Scratch {
       return;
     }
     if (floats < kLeast) {  // a tensor would cost more than to fill it
-      data_ = static_cast<float*>(::operator new(std::max<int64_t>(floats, 1) * 4, kAlign));
+      data_ = static_cast<float*>(::operator new(static_cast<size_t>(floats) * 4, kAlign));
       return;
     }
     tensor_ = empty({1, 1, 1, std::max(floats, kPooled)}, ScalarType::Float,
@@ -30,9 +29,9 @@ class Scratch {
   ~Scratch() {
     if (!tensor_ && data_ != few_) ::operator delete(data_, kAlign);
   }
-  Scratch(Scratch&& other) noexcept
-      : tensor_(std::move(other.tensor_)), data_(std::exchange(other.data_, nullptr)) {}
-  Scratch& operator=(Scratch&&) = delete;
+  // Few floats lie in the object itself.
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
 
   float* data() const { return data_; }
 
