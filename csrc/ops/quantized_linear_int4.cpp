@@ -60,8 +60,9 @@ LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument
   // On CUDA to look would be to wait for it.
   if (!weight_zero.is_cuda()) {
     const uint8_t* zeros = weight_zero.const_data_ptr<uint8_t>();
+    const int64_t count = weight_zero.numel();  // once: a call of torch
     uint8_t bits = 0;
-    for (int64_t i = 0; i < weight_zero.numel(); ++i) bits |= zeros[i];
+    for (int64_t i = 0; i < count; ++i) bits |= zeros[i];
     TORCHWELD_CHECK(bits <= 15, op, "weight_zero", "values within 0 to 15", "greater ones");
   }
 
