@@ -29,7 +29,7 @@ COMPILED = "torchao, compiled"
 # So many layers are one graph, as those of a model are: to launch one takes as long as the product
 # of one token, and shall not be most of what is measured. Each has a weight of its own.
 COPIES = 8
-# Where a session of few tokens spends its time: the layers these are asked of.
+# Where generating token by token spends its time: the layers these are asked of.
 FEW_TOKENS = ((4096, 4096), (11008, 4096))
 
 

@@ -60,8 +60,9 @@ LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument
   // On CUDA to look would be to wait for it.
   if (!weight_zero.is_cuda()) {
     const uint8_t* zeros = weight_zero.const_data_ptr<uint8_t>();
+    const int64_t count = weight_zero.numel();  // once: a call of torch
     uint8_t bits = 0;
-    for (int64_t i = 0; i < weight_zero.numel(); ++i) bits |= zeros[i];
+    for (int64_t i = 0; i < count; ++i) bits |= zeros[i];
     TORCHWELD_CHECK(bits <= 15, op, "weight_zero", "values within 0 to 15", "greater ones");
   }
 
@@ -71,10 +72,10 @@ LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument
                                                    kPanelColumns, kernels::kQuad});
   const int64_t octets = is_packed ? packed_weight.size(1) : 0;
   if (shape.groups > 0) shape.group_size = octets / shape.groups * kOctet;
-  // Padding to whole groups, and no group of padding alone.
+  // Padding to whole groups, and no group of padding alone or of nothing.
   const int64_t padding = shape.padded_in_features() - in_features;
-  const bool fits = octets * kOctet == shape.padded_in_features() && padding >= 0 &&
-                    padding <= std::max<int64_t>(shape.group_size - 1, 0);
+  const bool fits = octets * kOctet == shape.padded_in_features() && octets >= shape.groups &&
+                    padding >= 0 && padding <= std::max<int64_t>(shape.group_size - 1, 0);
   TORCHWELD_CHECK(is_packed && fits, op, "packed_weight",
                   "contiguous uint8 [" << shape.panels << ", " << shape.groups
                                        << " * group_size / 8, 16, 4] for " << out_features << " x "

@@ -171,3 +171,10 @@ def test_groups_beyond_what_integers_hold_are_refused():
     scale, zero = torch.zeros(1, 1, 16).bfloat16(), torch.zeros(1, 1, 16, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="packed_weight: expected groups of at most 131072"):
         op(torch.zeros(1, octets * 8), packed, scale, zero, None, None, octets * 8, 3)
+
+
+def test_groups_of_nothing_are_refused():
+    packed = torch.zeros(1, 0, 16, 4, dtype=torch.uint8)
+    scale, zero = torch.zeros(1, 2, 16).bfloat16(), torch.zeros(1, 2, 16, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="packed_weight: expected"):
+        op(torch.zeros(1, 0), packed, scale, zero, None, None, 0, 3)

@@ -42,7 +42,7 @@ void forward_block(const Shape& s, const ConvolutionForwardOf<T>& pass, int64_t 
 template <class T>
 void forward_pass(const Shape& s, const ConvolutionForwardOf<T>& pass) {
   const int64_t fit = rows_per_block(s, s.stride_height * input_row(s));
-  const int64_t share = divide_up(s.batch * s.out_height, kBlocks);
+  const int64_t share = std::max<int64_t>(1, divide_up(s.batch * s.out_height, kBlocks));
   const int64_t blocks = divide_up(s.out_height, std::min(fit, share));
   const int64_t rows = divide_up(s.out_height, blocks);
   if (pass.moments) pass.moments->start(s.batch * blocks, s.channels);
