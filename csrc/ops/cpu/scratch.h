@@ -19,7 +19,7 @@ class Scratch {
       return;
     }
     if (floats < kLeast) {  // a tensor would cost more than to fill it
-      data_ = static_cast<float*>(::operator new(std::max<int64_t>(floats, 1) * 4, kAlign));
+      data_ = static_cast<float*>(::operator new(static_cast<size_t>(floats) * 4, kAlign));
       return;
     }
     tensor_ = empty({1, 1, 1, std::max(floats, kPooled)}, ScalarType::Float,
