@@ -1,6 +1,8 @@
 // A random int8 layer with its input, and what the CPU makes of it.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cmath>
 #include <memory>
 #include <random>
@@ -23,10 +25,7 @@ inline uint16_t round_to_half(float value, DType dtype) {
   if (dtype == DType::bfloat16) {
     return std::isnan(value) ? 0x7fc0 : round_to_bfloat16(value);
   }
-  _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
+  return __half_as_ushort(__float2half_rn(value));
 }
 
 // Packed as the documentation of the layout says. Input rows lie one element apart.
