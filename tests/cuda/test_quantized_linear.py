@@ -205,27 +205,6 @@ def test_operator_checks():
     torch.library.opcheck(ops.quantized_linear_backward.default, (grad, *weight[:2], 40))
 
 
-def test_compiled_with_gradient():
-    layer = tw.nn.QuantizedLinear.from_float(nn.Linear(64, 48), "gelu").to(DEVICE)
-    x = randn(20, 64).to(DEVICE).requires_grad_()
-    expected = layer(x)
-    expected.sum().backward()
-    grad, x.grad = x.grad, None
-    got = torch.compile(layer, fullgraph=True)(x)
-    got.sum().backward()
-    assert torch.equal(got, expected)
-    torch.testing.assert_close(x.grad, grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    layer = tw.nn.QuantizedLinear.from_float(nn.Linear(64, 48)).to(DEVICE)
-    x = randn(20, 64).to(DEVICE)
-    with torch.autocast(DEVICE, dtype):
-        got = layer(x)
-    assert torch.equal(got, layer(x.to(dtype)))
-
-
 @pytest.mark.parametrize("place", ["input", "packed_weight", "weight_scale", "bias", "residual"])
 def test_tensors_elsewhere_are_refused(place):
     layer, tensors = Weight(19, 40), {"input": randn(5, 40), "residual": randn(5, 19)}

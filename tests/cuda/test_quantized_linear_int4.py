@@ -224,27 +224,6 @@ def test_operator_checks():
     torch.library.opcheck(backward.default, (randn(5, 19).to(DEVICE), *layer.packed, 40, 19))
 
 
-def test_compiled_with_gradient():
-    layer = tw.nn.Int4Linear.from_float(nn.Linear(64, 48), "gelu", group_size=32).to(DEVICE)
-    x = randn(20, 64).to(DEVICE).requires_grad_()
-    expected = layer(x)
-    expected.sum().backward()
-    grad, x.grad = x.grad, None
-    got = torch.compile(layer, fullgraph=True)(x)
-    got.sum().backward()
-    assert torch.equal(got, expected)
-    torch.testing.assert_close(x.grad, grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    layer = tw.nn.Int4Linear.from_float(nn.Linear(64, 48), group_size=32).to(DEVICE)
-    x = randn(20, 64).to(DEVICE)
-    with torch.autocast(DEVICE, dtype):
-        got = layer(x)
-    assert torch.equal(got, layer(x.to(dtype)))
-
-
 @pytest.mark.parametrize(
     "place", ["input", "packed_weight", "weight_scale", "weight_zero", "bias", "residual"]
 )
