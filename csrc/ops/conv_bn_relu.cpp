@@ -28,6 +28,39 @@ void check_device(const char* op, const char* argument, const Tensor& tensor, co
                   "a tensor on the device of the others", "one on another device");
 }
 
+// Throws unless the tensor, if there is one, has `channels` elements on the device of `like`, of a
+// dtype batch norm mixes with it: its own, or float32 beside a 16-bit one.
+void check_channels(const char* op, const char* argument, const OptionalTensor& tensor,
+                    int64_t channels, const Tensor& like) {
+  if (!tensor) return;
+  TORCHWELD_CHECK(tensor->dim() == 1 && tensor->size(0) == channels, op, argument,
+                  "shape [" << channels << "], one value per channel", ops::shape_string(*tensor));
+  const ScalarType type = like.scalar_type();
+  const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  TORCHWELD_CHECK(
+      tensor->scalar_type() == type || (half && tensor->scalar_type() == ScalarType::Float), op,
+      argument, dtype_name(type) << (half ? " or float32" : ""), dtype_name(tensor->scalar_type()));
+  check_device(op, argument, *tensor, like);
+}
+
+// Throws unless the tensor holds `size` float64 on the device of `like`.
+void check_doubles(const char* op, const char* argument, const Tensor& tensor, int64_t size,
+                   const Tensor& like) {
+  TORCHWELD_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
+                      tensor.size(0) == size && tensor.is_contiguous(),
+                  op, argument, "a contiguous float64 tensor of shape [" << size << "]",
+                  dtype_name(tensor.scalar_type()) << " of shape " << ops::shape_string(tensor));
+  check_device(op, argument, tensor, like);
+}
+
+void check_batch_norm(const char* op, const BatchNormArguments& bn, const IntList& shape,
+                      const Tensor& like) {
+  check_channels(op, "bn_weight", bn.weight, shape[1], like);
+  check_channels(op, "bn_bias", bn.bias, shape[1], like);
+  check_same(op, "residual", bn.residual, shape, like);
+  to_activation(op, bn.activation);
+}
+
 }  // namespace
 
 kernels::Activation to_activation(const char* op, const std::string& name) {
@@ -57,28 +90,6 @@ void check_same(const char* op, const char* argument, const OptionalTensor& tens
   TORCHWELD_CHECK(tensor->scalar_type() == like.scalar_type(), op, argument,
                   dtype_name(like.scalar_type()), dtype_name(tensor->scalar_type()));
   check_device(op, argument, *tensor, like);
-}
-
-void check_channels(const char* op, const char* argument, const OptionalTensor& tensor,
-                    int64_t channels, const Tensor& like) {
-  if (!tensor) return;
-  TORCHWELD_CHECK(tensor->dim() == 1 && tensor->size(0) == channels, op, argument,
-                  "shape [" << channels << "], one value per channel", ops::shape_string(*tensor));
-  const ScalarType type = like.scalar_type();
-  const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  TORCHWELD_CHECK(
-      tensor->scalar_type() == type || (half && tensor->scalar_type() == ScalarType::Float), op,
-      argument, dtype_name(type) << (half ? " or float32" : ""), dtype_name(tensor->scalar_type()));
-  check_device(op, argument, *tensor, like);
-}
-
-void check_doubles(const char* op, const char* argument, const Tensor& tensor, int64_t size,
-                   const Tensor& like) {
-  TORCHWELD_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 1 &&
-                      tensor.size(0) == size && tensor.is_contiguous(),
-                  op, argument, "a contiguous float64 tensor of shape [" << size << "]",
-                  dtype_name(tensor.scalar_type()) << " of shape " << ops::shape_string(tensor));
-  check_device(op, argument, tensor, like);
 }
 
 void check_weight(const char* op, const Tensor& weight, const Convolution& conv) {
@@ -117,14 +128,55 @@ IntList check_convolution(const char* op, const Tensor& input, const Tensor& wei
   return shape;
 }
 
-void check_batch_norm(const char* op, const Tensor& input, const BatchNormArguments& arguments) {
+IntList check_conv_bn_relu(const char* op, const Tensor& input, const Tensor& weight,
+                           const OptionalTensor& bias, const BatchNormArguments& bn,
+                           const Convolution& conv) {
+  const IntList shape = check_convolution(op, input, weight, bias, conv);
+  check_batch_norm(op, bn, shape, input);
+  return shape;
+}
+
+void check_conv_bn_relu_backward(const char* op, const Tensor& grad_output, const Tensor& input,
+                                 const Tensor& weight, const BatchNormArguments& bn,
+                                 const Tensor& conv_output, const Convolution& conv,
+                                 const std::vector<bool>& output_mask) {
+  const IntList shape = check_conv_bn_relu(op, input, weight, std::nullopt, bn, conv);
+  check_same(op, "conv_output", conv_output, shape, input);
+  check_same(op, "grad_output", grad_output, shape, input);
+  TORCHWELD_CHECK(output_mask.size() == 6, op, "output_mask", "6 values", output_mask.size());
+}
+
+void check_statistics(const char* op, const Tensor& mean, const Tensor& invstd, int64_t channels,
+                      const Tensor& like) {
+  check_doubles(op, "mean", mean, channels, like);
+  check_doubles(op, "invstd", invstd, channels, like);
+}
+
+void check_running(const char* op, const Tensor& running_mean, const Tensor& running_var,
+                   int64_t channels, const Tensor& like) {
+  check_channels(op, "running_mean", running_mean, channels, like);
+  check_channels(op, "running_var", running_var, channels, like);
+}
+
+void check_batch_norm_relu(const char* op, const Tensor& input, const Tensor& mean,
+                           const Tensor& invstd, const BatchNormArguments& bn) {
   check_activations(op, "input", input);
-  const int64_t channels = input.size(1);
-  check_doubles(op, "mean", arguments.mean, channels, input);
-  check_doubles(op, "invstd", arguments.invstd, channels, input);
-  check_channels(op, "bn_weight", arguments.weight, channels, input);
-  check_channels(op, "bn_bias", arguments.bias, channels, input);
-  check_same(op, "residual", arguments.residual, shape_of(input), input);
+  check_statistics(op, mean, invstd, input.size(1), input);
+  check_batch_norm(op, bn, shape_of(input), input);
+}
+
+void check_batch_norm_relu_backward(const char* op, const Tensor& grad_output, const Tensor& input,
+                                    const Tensor& mean, const Tensor& invstd,
+                                    const BatchNormArguments& bn) {
+  check_batch_norm_relu(op, input, mean, invstd, bn);
+  check_same(op, "grad_output", grad_output, shape_of(input), input);
+}
+
+void check_sums(const char* op, const Tensor& sum_g, const Tensor& sum_g_xhat, const Tensor& count,
+                const Tensor& input) {
+  check_doubles(op, "sum_g", sum_g, input.size(1), input);
+  check_doubles(op, "sum_g_xhat", sum_g_xhat, input.size(1), input);
+  check_doubles(op, "count", count, 1, input);
 }
 
 void check_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,

@@ -29,21 +29,39 @@ void check_activations(const char* op, const char* argument, const Tensor& x);
 void check_same(const char* op, const char* argument, const OptionalTensor& tensor,
                 const IntList& shape, const Tensor& like);
 
-// Throws unless the tensor, if there is one, has `channels` elements on the device of `like`, of a
-// dtype batch norm mixes with it: its own, or float32 beside a 16-bit one.
-void check_channels(const char* op, const char* argument, const OptionalTensor& tensor,
-                    int64_t channels, const Tensor& like);
-
-// Throws unless the tensor holds `size` float64 on the device of `like`.
-void check_doubles(const char* op, const char* argument, const Tensor& tensor, int64_t size,
-                   const Tensor& like);
-
-// Throws unless batch norm's arguments apart from the convolution fit the input.
+// What follows a convolution.
 struct BatchNormArguments {
-  const Tensor &mean, &invstd;
   const OptionalTensor &weight, &bias, &residual;
+  const std::string& activation;
 };
-void check_batch_norm(const char* op, const Tensor& input, const BatchNormArguments& arguments);
+
+// Shape of the convolution's output. Throws unless everything but statistics fits it.
+IntList check_conv_bn_relu(const char* op, const Tensor& input, const Tensor& weight,
+                           const OptionalTensor& bias, const BatchNormArguments& bn,
+                           const Convolution& conv);
+
+// Throws unless everything but statistics fits the convolution that was.
+void check_conv_bn_relu_backward(const char* op, const Tensor& grad_output, const Tensor& input,
+                                 const Tensor& weight, const BatchNormArguments& bn,
+                                 const Tensor& conv_output, const Convolution& conv,
+                                 const std::vector<bool>& output_mask);
+
+// Throws unless these are statistics of a batch beside `like`: float64.
+void check_statistics(const char* op, const Tensor& mean, const Tensor& invstd, int64_t channels,
+                      const Tensor& like);
+
+// Throws unless these are running statistics beside `like`, of a dtype batch norm mixes with it.
+void check_running(const char* op, const Tensor& running_mean, const Tensor& running_var,
+                   int64_t channels, const Tensor& like);
+
+// Throws unless batch norm can run apart from the convolution, and back.
+void check_batch_norm_relu(const char* op, const Tensor& input, const Tensor& mean,
+                           const Tensor& invstd, const BatchNormArguments& bn);
+void check_batch_norm_relu_backward(const char* op, const Tensor& grad_output, const Tensor& input,
+                                    const Tensor& mean, const Tensor& invstd,
+                                    const BatchNormArguments& bn);
+void check_sums(const char* op, const Tensor& sum_g, const Tensor& sum_g_xhat, const Tensor& count,
+                const Tensor& input);
 
 // Throws unless running statistics can be moved towards those of `count` values.
 void check_running_stats(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean,

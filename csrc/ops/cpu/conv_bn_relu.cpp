@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "ops/check.h"
 #include "ops/cpu/convolve.h"
 
 namespace torchweld::ops {
@@ -65,6 +64,15 @@ BatchNorm batch_norm(const char* op, int64_t channels, Channels mean, Channels i
           negative_slope};
 }
 
+// With statistics as operators take them.
+BatchNorm batch_norm(const char* op, const Tensor& mean, const Tensor& invstd,
+                     const OptionalTensor& weight, const OptionalTensor& bias,
+                     const std::string& activation, double negative_slope) {
+  const int64_t channels = mean.numel();
+  return batch_norm(op, channels, read_channels(mean, channels), read_channels(invstd, channels),
+                    weight, bias, activation, negative_slope);
+}
+
 // 1 / sqrt(var + eps). Every op that needs it for the same statistics gets the same bits.
 Channels inverse_std(Channels var, double eps) {
   for (double& v : var) v = 1 / std::sqrt(v + eps);
@@ -78,11 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
     IntList dilation, int64_t groups, double eps, String activation, double negative_slope) {
   const char* op = "conv_bn_relu";
   const Convolution conv{stride, padding, dilation, groups};
-  const IntList shape = check_convolution(op, input, weight, bias, conv);
-  check_channels(op, "bn_weight", bn_weight, shape[1], input);
-  check_channels(op, "bn_bias", bn_bias, shape[1], input);
-  check_same(op, "residual", residual, shape, input);
-  to_activation(op, activation);
+  const IntList shape =
+      check_conv_bn_relu(op, input, weight, bias, {bn_weight, bn_bias, residual, activation}, conv);
 
   const NoGradGuard no_grad;
   Moments m;
@@ -105,12 +110,9 @@ std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, Opti
                                                double negative_slope) {
   const char* op = "conv_bn_relu_frozen";
   const Convolution conv{stride, padding, dilation, groups};
-  const IntList shape = check_convolution(op, input, weight, bias, conv);
-  check_channels(op, "bn_weight", bn_weight, shape[1], input);
-  check_channels(op, "bn_bias", bn_bias, shape[1], input);
-  check_channels(op, "running_mean", running_mean, shape[1], input);
-  check_channels(op, "running_var", running_var, shape[1], input);
-  check_same(op, "residual", residual, shape, input);
+  const IntList shape =
+      check_conv_bn_relu(op, input, weight, bias, {bn_weight, bn_bias, residual, activation}, conv);
+  check_running(op, running_mean, running_var, shape[1], input);
 
   const BatchNorm bn = batch_norm(op, shape[1], read_channels(running_mean, shape[1]),
                                   inverse_std(read_channels(running_var, shape[1]), eps), bn_weight,
@@ -127,11 +129,11 @@ Tensor conv_relu(Tensor input, Tensor weight, OptionalTensor packed_weight, Opti
                  int64_t groups, String activation, double negative_slope) {
   const char* op = "conv_relu";
   const Convolution conv{stride, padding, dilation, groups};
-  const IntList shape = check_convolution(op, input, weight, bias, conv);
-  check_same(op, "residual", residual, shape, input);
-  const kernels::Activation act = to_activation(op, activation);
+  check_conv_bn_relu(op, input, weight, bias, {std::nullopt, std::nullopt, residual, activation},
+                     conv);
   const NoGradGuard no_grad;
-  return convolve(input, weight, packed_weight, bias, residual, conv, act, negative_slope);
+  return convolve(input, weight, packed_weight, bias, residual, conv, to_activation(op, activation),
+                  negative_slope);
 }
 
 Tensor conv_relu_pack(Tensor weight, IntList stride, IntList padding, IntList dilation,
@@ -147,21 +149,14 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Gradients for input, weight, bias, bn_weight, bn_bias and residual, as output_mask asks; an empty
 // tensor for each of the others.
-Gradients backward(const char* op, const Tensor& grad_output, const Tensor& input,
-                   const Tensor& weight, const OptionalTensor& bn_weight,
-                   const OptionalTensor& bn_bias, const OptionalTensor& residual,
-                   const Tensor& saved_conv_output, const BatchNorm& bn, const Convolution& conv,
+Gradients backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                   const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                   const OptionalTensor& residual, const Tensor& saved_conv_output,
+                   const BatchNorm& bn, const Convolution& conv,
                    const std::vector<bool>& output_mask, bool frozen) {
-  const IntList shape = check_convolution(op, input, weight, std::nullopt, conv);
-  TORCHWELD_CHECK(output_mask.size() == 6, op, "output_mask", "6 values", output_mask.size());
-  check_same(op, "conv_output", saved_conv_output, shape, input);
-  check_same(op, "grad_output", grad_output, shape, input);
-  check_channels(op, "bn_weight", bn_weight, shape[1], input);
-  check_channels(op, "bn_bias", bn_bias, shape[1], input);
-  check_same(op, "residual", residual, shape, input);
-
   const NoGradGuard no_grad;
   const Tensor conv_output = dense(saved_conv_output);
+  const IntList shape = shape_of(conv_output);
   const Tensor grad_y = laid_out_as(conv_output, grad_output);
   const bool conv_grad = output_mask[0] || output_mask[1];
   const bool need_sums = output_mask[3] || output_mask[4] || (frozen ? output_mask[2] : conv_grad);
@@ -208,14 +203,14 @@ Gradients conv_bn_relu_backward(Tensor grad_output, Tensor input, Tensor weight,
                                 int64_t groups, String activation, double negative_slope,
                                 std::vector<bool> output_mask) {
   const char* op = "conv_bn_relu_backward";
-  const int64_t channels = weight.size(0);
-  check_doubles(op, "mean", mean, channels, input);
-  check_doubles(op, "invstd", invstd, channels, input);
-  const BatchNorm bn =
-      batch_norm(op, channels, read_channels(mean, channels), read_channels(invstd, channels),
-                 bn_weight, bn_bias, activation, negative_slope);
-  return backward(op, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, bn,
-                  {stride, padding, dilation, groups}, output_mask, false);
+  const Convolution conv{stride, padding, dilation, groups};
+  check_conv_bn_relu_backward(op, grad_output, input, weight,
+                              {bn_weight, bn_bias, residual, activation}, conv_output, conv,
+                              output_mask);
+  check_statistics(op, mean, invstd, weight.size(0), input);
+  const BatchNorm bn = batch_norm(op, mean, invstd, bn_weight, bn_bias, activation, negative_slope);
+  return backward(grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, bn, conv,
+                  output_mask, false);
 }
 
 Gradients conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor weight,
@@ -226,14 +221,17 @@ Gradients conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor 
                                        double eps, String activation, double negative_slope,
                                        std::vector<bool> output_mask) {
   const char* op = "conv_bn_relu_frozen_backward";
+  const Convolution conv{stride, padding, dilation, groups};
+  check_conv_bn_relu_backward(op, grad_output, input, weight,
+                              {bn_weight, bn_bias, residual, activation}, conv_output, conv,
+                              output_mask);
   const int64_t channels = weight.size(0);
-  check_channels(op, "running_mean", running_mean, channels, input);
-  check_channels(op, "running_var", running_var, channels, input);
+  check_running(op, running_mean, running_var, channels, input);
   const BatchNorm bn = batch_norm(op, channels, read_channels(running_mean, channels),
                                   inverse_std(read_channels(running_var, channels), eps), bn_weight,
                                   bn_bias, activation, negative_slope);
-  return backward(op, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, bn,
-                  {stride, padding, dilation, groups}, output_mask, true);
+  return backward(grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, bn, conv,
+                  output_mask, true);
 }
 
 // --- statistics ----------------------------------------------------------------------------------
@@ -277,21 +275,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_stats(Tensor input) {
 }
 
 // --- normalize apart from the convolution --------------------------------------------------------
-BatchNorm checked_batch_norm(const char* op, const Tensor& input, const Tensor& mean,
-                             const Tensor& invstd, const OptionalTensor& bn_weight,
-                             const OptionalTensor& bn_bias, const OptionalTensor& residual,
-                             const std::string& activation, double negative_slope) {
-  check_batch_norm(op, input, {mean, invstd, bn_weight, bn_bias, residual});
-  const int64_t channels = input.size(1);
-  return batch_norm(op, channels, read_channels(mean, channels), read_channels(invstd, channels),
-                    bn_weight, bn_bias, activation, negative_slope);
-}
-
 Tensor batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
                        OptionalTensor bn_bias, OptionalTensor residual, String activation,
                        double negative_slope) {
-  const BatchNorm bn = checked_batch_norm("batch_norm_relu", input, mean, invstd, bn_weight,
-                                          bn_bias, residual, activation, negative_slope);
+  const char* op = "batch_norm_relu";
+  check_batch_norm_relu(op, input, mean, invstd, {bn_weight, bn_bias, residual, activation});
+  const BatchNorm bn = batch_norm(op, mean, invstd, bn_weight, bn_bias, activation, negative_slope);
   const NoGradGuard no_grad;
   const Tensor x = dense(input);
   const Tensor output = empty_as(x);
@@ -303,9 +292,9 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
     Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
     OptionalTensor bn_bias, OptionalTensor residual, String activation, double negative_slope) {
   const char* op = "batch_norm_relu_backward_reduce";
-  const BatchNorm bn = checked_batch_norm(op, input, mean, invstd, bn_weight, bn_bias, residual,
-                                          activation, negative_slope);
-  check_same(op, "grad_output", grad_output, shape_of(input), input);
+  check_batch_norm_relu_backward(op, grad_output, input, mean, invstd,
+                                 {bn_weight, bn_bias, residual, activation});
+  const BatchNorm bn = batch_norm(op, mean, invstd, bn_weight, bn_bias, activation, negative_slope);
   const NoGradGuard no_grad;
   const Tensor x = dense(input);
   const Sums sums = Normalization(x, bn, residual).reduce(laid_out_as(x, grad_output));
@@ -318,18 +307,15 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor i
                                                     Tensor sum_g, Tensor sum_g_xhat, Tensor count,
                                                     String activation, double negative_slope) {
   const char* op = "batch_norm_relu_backward";
-  const BatchNorm bn = checked_batch_norm(op, input, mean, invstd, bn_weight, bn_bias, residual,
-                                          activation, negative_slope);
-  const int64_t channels = input.size(1);
-  check_same(op, "grad_output", grad_output, shape_of(input), input);
-  check_doubles(op, "sum_g", sum_g, channels, input);
-  check_doubles(op, "sum_g_xhat", sum_g_xhat, channels, input);
-  check_doubles(op, "count", count, 1, input);
+  check_batch_norm_relu_backward(op, grad_output, input, mean, invstd,
+                                 {bn_weight, bn_bias, residual, activation});
+  check_sums(op, sum_g, sum_g_xhat, count, input);
+  const BatchNorm bn = batch_norm(op, mean, invstd, bn_weight, bn_bias, activation, negative_slope);
   const NoGradGuard no_grad;
   const Tensor x = dense(input);
   const Tensor grad_y = laid_out_as(x, grad_output);
   const Tensor grad_residual = residual ? empty_as(x) : nothing(x);
-  const Sums sums{read_channels(sum_g, channels), read_channels(sum_g_xhat, channels)};
+  const Sums sums{read_channels(sum_g, x.size(1)), read_channels(sum_g_xhat, x.size(1))};
   const Normalization normalization(x, bn, residual);
   const Normalization::Gradient gradient(normalization, grad_y, &sums,
                                          *count.const_data_ptr<double>(),

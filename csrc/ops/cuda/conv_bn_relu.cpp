@@ -20,10 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
     IntList dilation, int64_t groups, double eps, String activation, double negative_slope) {
   const char* op = "conv_bn_relu";
   const Convolution conv{stride, padding, dilation, groups};
-  const IntList shape = check_convolution(op, input, weight, bias, conv);
-  check_channels(op, "bn_weight", bn_weight, shape[1], input);
-  check_channels(op, "bn_bias", bn_bias, shape[1], input);
-  check_same(op, "residual", residual, shape, input);
+  const IntList shape =
+      check_conv_bn_relu(op, input, weight, bias, {bn_weight, bn_bias, residual, activation}, conv);
   Norm norm(op, activation, negative_slope);
 
   const NoGradGuard no_grad;
@@ -56,12 +54,8 @@ std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, Opti
                                                double negative_slope) {
   const char* op = "conv_bn_relu_frozen";
   const Convolution conv{stride, padding, dilation, groups};
-  const IntList shape = check_convolution(op, input, weight, bias, conv);
-  check_channels(op, "bn_weight", bn_weight, shape[1], input);
-  check_channels(op, "bn_bias", bn_bias, shape[1], input);
-  check_channels(op, "running_mean", running_mean, shape[1], input);
-  check_channels(op, "running_var", running_var, shape[1], input);
-  check_same(op, "residual", residual, shape, input);
+  check_conv_bn_relu(op, input, weight, bias, {bn_weight, bn_bias, residual, activation}, conv);
+  check_running(op, running_mean, running_var, weight.size(0), input);
   Norm norm(op, activation, negative_slope);
 
   const NoGradGuard no_grad;
@@ -78,8 +72,8 @@ Tensor conv_relu(Tensor input, Tensor weight, OptionalTensor, OptionalTensor bia
                  int64_t groups, String activation, double negative_slope) {
   const char* op = "conv_relu";
   const Convolution conv{stride, padding, dilation, groups};
-  const IntList shape = check_convolution(op, input, weight, bias, conv);
-  check_same(op, "residual", residual, shape, input);
+  check_conv_bn_relu(op, input, weight, bias, {std::nullopt, std::nullopt, residual, activation},
+                     conv);
   TORCHWELD_CHECK(input.is_cuda(), op, "input", "a tensor on CUDA, as packed_weight is",
                   "one on another device");
   Norm norm(op, activation, negative_slope);
@@ -162,20 +156,6 @@ Gradients backward(const CudaContext& context, const Tensor& grad_output, const 
           or_nothing(of_residual)};
 }
 
-void check_backward(const char* op, const Tensor& grad_output, const Tensor& input,
-                    const Tensor& weight, const OptionalTensor& bn_weight,
-                    const OptionalTensor& bn_bias, const OptionalTensor& residual,
-                    const Tensor& conv_output, const Convolution& conv,
-                    const std::vector<bool>& output_mask) {
-  const IntList shape = check_convolution(op, input, weight, std::nullopt, conv);
-  TORCHWELD_CHECK(output_mask.size() == 6, op, "output_mask", "6 values", output_mask.size());
-  check_same(op, "conv_output", conv_output, shape, input);
-  check_same(op, "grad_output", grad_output, shape, input);
-  check_channels(op, "bn_weight", bn_weight, shape[1], input);
-  check_channels(op, "bn_bias", bn_bias, shape[1], input);
-  check_same(op, "residual", residual, shape, input);
-}
-
 Gradients conv_bn_relu_backward(Tensor grad_output, Tensor input, Tensor weight,
                                 OptionalTensor bn_weight, OptionalTensor bn_bias,
                                 OptionalTensor residual, Tensor conv_output, Tensor mean,
@@ -184,10 +164,10 @@ Gradients conv_bn_relu_backward(Tensor grad_output, Tensor input, Tensor weight,
                                 std::vector<bool> output_mask) {
   const char* op = "conv_bn_relu_backward";
   const Convolution conv{stride, padding, dilation, groups};
-  check_backward(op, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, conv,
-                 output_mask);
-  check_doubles(op, "mean", mean, weight.size(0), input);
-  check_doubles(op, "invstd", invstd, weight.size(0), input);
+  check_conv_bn_relu_backward(op, grad_output, input, weight,
+                              {bn_weight, bn_bias, residual, activation}, conv_output, conv,
+                              output_mask);
+  check_statistics(op, mean, invstd, weight.size(0), input);
   Norm norm(op, activation, negative_slope);
 
   const NoGradGuard no_grad;
@@ -206,10 +186,10 @@ Gradients conv_bn_relu_frozen_backward(Tensor grad_output, Tensor input, Tensor 
                                        std::vector<bool> output_mask) {
   const char* op = "conv_bn_relu_frozen_backward";
   const Convolution conv{stride, padding, dilation, groups};
-  check_backward(op, grad_output, input, weight, bn_weight, bn_bias, residual, conv_output, conv,
-                 output_mask);
-  check_channels(op, "running_mean", running_mean, weight.size(0), input);
-  check_channels(op, "running_var", running_var, weight.size(0), input);
+  check_conv_bn_relu_backward(op, grad_output, input, weight,
+                              {bn_weight, bn_bias, residual, activation}, conv_output, conv,
+                              output_mask);
+  check_running(op, running_mean, running_var, weight.size(0), input);
   Norm norm(op, activation, negative_slope);
 
   const NoGradGuard no_grad;
@@ -263,7 +243,7 @@ Tensor batch_norm_relu(Tensor input, Tensor mean, Tensor invstd, OptionalTensor 
                        OptionalTensor bn_bias, OptionalTensor residual, String activation,
                        double negative_slope) {
   const char* op = "batch_norm_relu";
-  check_batch_norm(op, input, {mean, invstd, bn_weight, bn_bias, residual});
+  check_batch_norm_relu(op, input, mean, invstd, {bn_weight, bn_bias, residual, activation});
   Norm norm(op, activation, negative_slope);
 
   const NoGradGuard no_grad;
@@ -278,8 +258,8 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
     Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, OptionalTensor bn_weight,
     OptionalTensor bn_bias, OptionalTensor residual, String activation, double negative_slope) {
   const char* op = "batch_norm_relu_backward_reduce";
-  check_batch_norm(op, input, {mean, invstd, bn_weight, bn_bias, residual});
-  check_same(op, "grad_output", grad_output, shape_of(input), input);
+  check_batch_norm_relu_backward(op, grad_output, input, mean, invstd,
+                                 {bn_weight, bn_bias, residual, activation});
   Norm norm(op, activation, negative_slope);
 
   const NoGradGuard no_grad;
@@ -297,11 +277,9 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor i
                                                     Tensor sum_g, Tensor sum_g_xhat, Tensor count,
                                                     String activation, double negative_slope) {
   const char* op = "batch_norm_relu_backward";
-  check_batch_norm(op, input, {mean, invstd, bn_weight, bn_bias, residual});
-  check_same(op, "grad_output", grad_output, shape_of(input), input);
-  check_doubles(op, "sum_g", sum_g, input.size(1), input);
-  check_doubles(op, "sum_g_xhat", sum_g_xhat, input.size(1), input);
-  check_doubles(op, "count", count, 1, input);
+  check_batch_norm_relu_backward(op, grad_output, input, mean, invstd,
+                                 {bn_weight, bn_bias, residual, activation});
+  check_sums(op, sum_g, sum_g_xhat, count, input);
   Norm norm(op, activation, negative_slope);
 
   const NoGradGuard no_grad;
