@@ -8,11 +8,6 @@
 namespace torchweld::ops {
 namespace {
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), others = b.sizes();
-  return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
-}
-
 // Whether two indices share memory, as in an expanded tensor: there is no telling which is to win.
 bool overlaps(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();

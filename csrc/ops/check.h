@@ -1,6 +1,7 @@
 // Argument checks. Every message names the operator, the argument, what was expected and what came.
 #pragma once
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -40,6 +41,21 @@ inline const char* dtype_name(ScalarType type) {
     default:
       return torch::headeronly::toString(type);
   }
+}
+
+// "float32 [2, 3, 4]"
+inline std::string describe(const Tensor& tensor) {
+  return std::string(dtype_name(tensor.scalar_type())) + " " + shape_string(tensor);
+}
+
+inline bool has_shape(const Tensor& tensor, const IntList& shape) {
+  const auto sizes = tensor.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), others = b.sizes();
+  return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
 }
 
 }  // namespace torchweld::ops

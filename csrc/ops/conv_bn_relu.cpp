@@ -1,7 +1,5 @@
 #include "ops/conv_bn_relu.h"
 
-#include <algorithm>
-
 #include "ops/check.h"
 
 namespace torchweld::ops {
@@ -84,9 +82,8 @@ void check_activations(const char* op, const char* argument, const Tensor& x) {
 void check_same(const char* op, const char* argument, const OptionalTensor& tensor,
                 const IntList& shape, const Tensor& like) {
   if (!tensor) return;
-  const auto sizes = tensor->sizes();
-  TORCHWELD_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), op, argument,
-                  "shape " << shape_string(shape), ops::shape_string(*tensor));
+  TORCHWELD_CHECK(has_shape(*tensor, shape), op, argument, "shape " << shape_string(shape),
+                  ops::shape_string(*tensor));
   TORCHWELD_CHECK(tensor->scalar_type() == like.scalar_type(), op, argument,
                   dtype_name(like.scalar_type()), dtype_name(tensor->scalar_type()));
   check_device(op, argument, *tensor, like);

@@ -1,5 +1,8 @@
 #include "ops/linear.h"
 
+#include <functional>
+#include <numeric>
+
 #include "ops/check.h"
 
 namespace torchweld::ops {
@@ -14,14 +17,6 @@ kernels::LinearActivation parse_activation(const char* op, const std::string& na
   TORCHWELD_CHECK(name == "silu", op, "activation", "identity, relu, gelu, gelu_tanh or silu",
                   '"' << name << '"');
   return LinearActivation::silu;
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
 }
 
 // Asks torch only for what changes something: each question costs as much as a small product.
@@ -51,8 +46,7 @@ LinearTail::LinearTail(const char* op, Tensor& output, std::optional<Tensor> bia
   }
   if (residual) {
     TORCHWELD_CHECK(to_dtype(residual->scalar_type()) && same_shape(*residual, output), op,
-                    "residual", "floating point " << shape_string(output),
-                    dtype_name(residual->scalar_type()) << " " << shape_string(*residual));
+                    "residual", "floating point " << shape_string(output), describe(*residual));
     first_.residual_is_float = residual->scalar_type() != output.scalar_type();
     residual_ = first_.residual_is_float ? contiguous_float(*residual) : in_order(*residual);
     residual_element_ = residual_->element_size();
@@ -72,10 +66,19 @@ kernels::LinearEpilogue LinearTail::at(int64_t row, int64_t column) const {
   return result;
 }
 
+int64_t check_matrix(const char* op, const char* argument, const Tensor& matrix, int64_t columns) {
+  const auto dtype = to_dtype(matrix.scalar_type());
+  TORCHWELD_CHECK(dtype && *dtype != kernels::DType::float64, op, argument,
+                  "float32, bfloat16 or float16", dtype_name(matrix.scalar_type()));
+  const auto sizes = matrix.sizes();
+  TORCHWELD_CHECK(!sizes.empty() && sizes.back() == columns, op, argument,
+                  "[..., " << columns << "]", shape_string(matrix));
+  return std::accumulate(sizes.begin(), sizes.end() - 1, int64_t{1}, std::multiplies<>());
+}
+
 void check_bias(const char* op, const Tensor& bias, int64_t columns) {
   TORCHWELD_CHECK(to_dtype(bias.scalar_type()) && bias.dim() == 1 && bias.size(0) == columns, op,
-                  "bias", "floating point [" << columns << "]",
-                  dtype_name(bias.scalar_type()) << " " << shape_string(bias));
+                  "bias", "floating point [" << columns << "]", describe(bias));
 }
 
 IntList with_last_size(const Tensor& tensor, int64_t size) {

@@ -26,6 +26,10 @@ class LinearTail {
   int64_t element_, residual_element_;  // bytes
 };
 
+// Rows of the argument of that name. Throws unless it is float32, bfloat16 or float16
+// [..., columns].
+int64_t check_matrix(const char* op, const char* argument, const Tensor& matrix, int64_t columns);
+
 // Throws unless the bias is floating point [columns].
 void check_bias(const char* op, const Tensor& bias, int64_t columns);
 

@@ -21,18 +21,19 @@ struct LinearShape {
   }
 };
 
-// Throws unless the packed weight and its scales fit each other, and `matrix`, the argument of that
-// name, is float32, bfloat16 or float16 [..., columns] with the number of columns given.
-LinearShape check_quantized_linear(const char* op, const char* argument, const Tensor& matrix,
-                                   bool columns_are_in_features, const Tensor& packed_weight,
-                                   const Tensor& weight_scale, int64_t in_features);
-
-void check_weight_sum(const char* op, const Tensor& weight_sum, const LinearShape& shape);
-
-// Throws unless all sums of so many products fit int32.
-void check_summed(const char* op, int64_t in_features);
-
-// Throws unless it is 0 or a multiple of 4 whose sums fit int32.
-void check_group_size(const char* op, int64_t input_group_size);
+// Each throws unless the operator can run with these.
+LinearShape check_quantized_linear(const char* op, const Tensor& input, const Tensor& packed_weight,
+                                   const Tensor& weight_scale, const Tensor& weight_sum,
+                                   int64_t in_features, int64_t input_group_size);
+LinearShape check_quantized_linear_accumulators(const char* op, const Tensor& input,
+                                                const Tensor& packed_weight,
+                                                const Tensor& weight_scale,
+                                                const Tensor& weight_sum, int64_t in_features);
+LinearShape check_quantized_linear_backward(const char* op, const Tensor& grad,
+                                            const Tensor& packed_weight, const Tensor& weight_scale,
+                                            int64_t in_features);
+LinearShape check_weight_only_linear(const char* op, const Tensor& input,
+                                     const Tensor& packed_weight, const Tensor& weight_scale,
+                                     int64_t in_features);
 
 }  // namespace torchweld::ops

@@ -4,6 +4,7 @@
 
 #include "ops/check.h"
 #include "ops/divide.h"
+#include "ops/linear.h"
 
 namespace torchweld::ops {
 namespace {
@@ -11,32 +12,15 @@ namespace {
 using kernels::kOctet;
 using kernels::kPanelColumns;
 
-bool has_shape(const Tensor& tensor, const IntList& sizes) {
-  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (tensor.size(static_cast<int64_t>(i)) != sizes[i]) return false;
-  }
-  return true;
-}
-
-std::string describe(const Tensor& tensor) {
-  return std::string(dtype_name(tensor.scalar_type())) + " " + shape_string(tensor);
-}
-
-}  // namespace
-
-LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument,
-                                            const Tensor& matrix, bool columns_are_in_features,
-                                            const Tensor& packed_weight, const Tensor& weight_scale,
-                                            const Tensor& weight_zero, int64_t in_features,
-                                            int64_t out_features) {
-  const auto dtype = to_dtype(matrix.scalar_type());
-  TORCHWELD_CHECK(dtype && *dtype != kernels::DType::float64, op, argument,
-                  "float32, bfloat16 or float16", dtype_name(matrix.scalar_type()));
+// Sizes, all but the rows. Throws unless the packed weight, its scales and zeros fit each other and
+// the sizes.
+LinearInt4Shape check_weight(const char* op, const Tensor& packed_weight,
+                             const Tensor& weight_scale, const Tensor& weight_zero,
+                             int64_t in_features, int64_t out_features) {
   TORCHWELD_CHECK(in_features >= 0, op, "in_features", "0 or more", in_features);
   TORCHWELD_CHECK(out_features >= 0, op, "out_features", "0 or more", out_features);
 
-  LinearInt4Shape shape{.rows = 1,
+  LinearInt4Shape shape{.rows = 0,
                         .in_features = in_features,
                         .out_features = out_features,
                         .panels = divide_up(out_features, kPanelColumns),
@@ -85,11 +69,29 @@ LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument
       shape.group_size <= kernels::kMaxInt4Group, op, "packed_weight",
       "groups of at most " << kernels::kMaxInt4Group << ", so that int32 sums cannot overflow",
       shape.group_size);
+  return shape;
+}
 
-  const int64_t columns = columns_are_in_features ? in_features : out_features;
-  TORCHWELD_CHECK(matrix.dim() >= 1 && matrix.size(matrix.dim() - 1) == columns, op, argument,
-                  "[..., " << columns << "]", shape_string(matrix));
-  for (int64_t i = 0; i + 1 < matrix.dim(); ++i) shape.rows *= matrix.size(i);
+}  // namespace
+
+LinearInt4Shape check_quantized_linear_int4(const char* op, const Tensor& input,
+                                            const Tensor& packed_weight, const Tensor& weight_scale,
+                                            const Tensor& weight_zero, int64_t in_features,
+                                            int64_t out_features) {
+  LinearInt4Shape shape =
+      check_weight(op, packed_weight, weight_scale, weight_zero, in_features, out_features);
+  shape.rows = check_matrix(op, "input", input, in_features);
+  return shape;
+}
+
+LinearInt4Shape check_quantized_linear_int4_backward(const char* op, const Tensor& grad,
+                                                     const Tensor& packed_weight,
+                                                     const Tensor& weight_scale,
+                                                     const Tensor& weight_zero, int64_t in_features,
+                                                     int64_t out_features) {
+  LinearInt4Shape shape =
+      check_weight(op, packed_weight, weight_scale, weight_zero, in_features, out_features);
+  shape.rows = check_matrix(op, "grad", grad, out_features);
   return shape;
 }
 

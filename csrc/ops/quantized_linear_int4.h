@@ -18,13 +18,15 @@ struct LinearInt4Shape {
   int64_t padded_in_features() const { return groups * group_size; }
 };
 
-// Throws unless the packed weight, its scales and zeros fit each other and the sizes, and `matrix`,
-// the argument of that name, is float32, bfloat16 or float16 [..., columns] with the number of
-// columns given.
-LinearInt4Shape check_quantized_linear_int4(const char* op, const char* argument,
-                                            const Tensor& matrix, bool columns_are_in_features,
+// Each throws unless the operator can run with these.
+LinearInt4Shape check_quantized_linear_int4(const char* op, const Tensor& input,
                                             const Tensor& packed_weight, const Tensor& weight_scale,
                                             const Tensor& weight_zero, int64_t in_features,
                                             int64_t out_features);
+LinearInt4Shape check_quantized_linear_int4_backward(const char* op, const Tensor& grad,
+                                                     const Tensor& packed_weight,
+                                                     const Tensor& weight_scale,
+                                                     const Tensor& weight_zero, int64_t in_features,
+                                                     int64_t out_features);
 
 }  // namespace torchweld::ops

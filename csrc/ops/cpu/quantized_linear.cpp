@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "ops/check.h"
 #include "ops/cpu/linear_blocks.h"
 #include "ops/cpu/linear_rows.h"
 #include "ops/kernels.h"
@@ -85,10 +84,8 @@ Tensor quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale,
                         std::optional<Tensor> bias, std::optional<Tensor> residual,
                         int64_t in_features, String activation, int64_t input_group_size) {
   const char* op = "quantized_linear";
-  const LinearShape shape =
-      check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
-  check_weight_sum(op, weight_sum, shape);
-  check_group_size(op, input_group_size);
+  const LinearShape shape = check_quantized_linear(op, input, packed_weight, weight_scale,
+                                                   weight_sum, in_features, input_group_size);
 
   const NoGradGuard no_grad;
   Tensor output = empty(with_last_size(input, shape.out_features), input.scalar_type(),
@@ -115,10 +112,8 @@ std::tuple<Tensor, Tensor> quantized_linear_accumulators(Tensor input, Tensor pa
                                                          Tensor weight_scale, Tensor weight_sum,
                                                          int64_t in_features) {
   const char* op = "quantized_linear_accumulators";
-  const LinearShape shape =
-      check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
-  check_weight_sum(op, weight_sum, shape);
-  check_summed(op, in_features);
+  const LinearShape shape = check_quantized_linear_accumulators(
+      op, input, packed_weight, weight_scale, weight_sum, in_features);
 
   const NoGradGuard no_grad;
   IntList scale_sizes = with_last_size(input, 0);

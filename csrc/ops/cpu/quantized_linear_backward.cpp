@@ -2,7 +2,6 @@
 // become floats that a core's second cache holds, and are multiplied there.
 #include <algorithm>
 
-#include "ops/check.h"
 #include "ops/cpu/linear_rows.h"
 #include "ops/quantized_linear.h"
 #include "ops/quantized_linear_int4.h"
@@ -75,8 +74,8 @@ Tensor multiply(const Tensor& grad, int64_t rows, int64_t n, int64_t k, const F&
 
 Tensor quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale,
                                  int64_t in_features) {
-  const LinearShape shape = check_quantized_linear("quantized_linear_backward", "grad", grad, false,
-                                                   packed_weight, weight_scale, in_features);
+  const LinearShape shape = check_quantized_linear_backward(
+      "quantized_linear_backward", grad, packed_weight, weight_scale, in_features);
   const int8_t* panels = packed_weight.const_data_ptr<int8_t>();
   const float* scale = weight_scale.const_data_ptr<float>();
   const auto dequantize = cpu_kernels().dequantize->backward;
@@ -94,9 +93,9 @@ Tensor quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weigh
 Tensor quantized_linear_int4_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale,
                                       Tensor weight_zero, int64_t in_features,
                                       int64_t out_features) {
-  const LinearInt4Shape shape = check_quantized_linear_int4(
-      "quantized_linear_int4_backward", "grad", grad, false, packed_weight, weight_scale,
-      weight_zero, in_features, out_features);
+  const LinearInt4Shape shape =
+      check_quantized_linear_int4_backward("quantized_linear_int4_backward", grad, packed_weight,
+                                           weight_scale, weight_zero, in_features, out_features);
   const uint8_t* panels = packed_weight.const_data_ptr<uint8_t>();
   const auto* scale = static_cast<const kernels::BFloat16*>(weight_scale.const_data_ptr());
   const uint8_t* zero = weight_zero.const_data_ptr<uint8_t>();

@@ -1,7 +1,6 @@
 // The int4 linear layer: rows are quantized to int8, then multiplied block by block.
 #include <algorithm>
 
-#include "ops/check.h"
 #include "ops/cpu/linear_blocks.h"
 #include "ops/cpu/linear_rows.h"
 #include "ops/quantized_linear.h"
@@ -94,9 +93,8 @@ Tensor quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_s
                              std::optional<Tensor> residual, int64_t in_features,
                              int64_t out_features, String activation) {
   const char* op = "quantized_linear_int4";
-  const LinearInt4Shape shape =
-      check_quantized_linear_int4(op, "input", input, true, packed_weight, weight_scale,
-                                  weight_zero, in_features, out_features);
+  const LinearInt4Shape shape = check_quantized_linear_int4(op, input, packed_weight, weight_scale,
+                                                            weight_zero, in_features, out_features);
 
   const NoGradGuard no_grad;
   Tensor output = empty(with_last_size(input, out_features), input.scalar_type(),
@@ -120,9 +118,9 @@ std::tuple<Tensor, Tensor> quantized_linear_int4_accumulators(Tensor input, Tens
                                                               Tensor weight_zero,
                                                               int64_t in_features,
                                                               int64_t out_features) {
-  const LinearInt4Shape shape = check_quantized_linear_int4(
-      "quantized_linear_int4_accumulators", "input", input, true, packed_weight, weight_scale,
-      weight_zero, in_features, out_features);
+  const LinearInt4Shape shape =
+      check_quantized_linear_int4("quantized_linear_int4_accumulators", input, packed_weight,
+                                  weight_scale, weight_zero, in_features, out_features);
   const NoGradGuard no_grad;
   IntList sizes = with_last_size(input, shape.groups);
   const IntList scale_sizes(sizes.begin(), sizes.end() - 1);

@@ -1,7 +1,6 @@
 // The linear layer with an int8 weight and float activations.
 #include <algorithm>
 
-#include "ops/check.h"
 #include "ops/cpu/linear_rows.h"
 #include "ops/quantized_linear.h"
 
@@ -28,7 +27,7 @@ Tensor weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scal
                           int64_t in_features, String activation) {
   const char* op = "weight_only_linear";
   const LinearShape shape =
-      check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
+      check_weight_only_linear(op, input, packed_weight, weight_scale, in_features);
 
   const NoGradGuard no_grad;
   Tensor output = empty(with_last_size(input, shape.out_features), input.scalar_type(),

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
+#include <utility>
 
 #include "kernels/cuda/linear_end.h"
 #include "ops/check.h"
@@ -13,18 +15,19 @@ inline std::string device_name(const Tensor& tensor) {
   return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "the CPU";
 }
 
-// One argument on CUDA is enough for a call to come here. Throws unless `tensor` is on the CUDA
-// device of the packed weight, which is checked alone.
-inline void check_on_cuda(const char* op, const Tensor& packed_weight) {
+// One argument on CUDA is enough for a call to come here. Throws unless the packed weight is there
+// and the others, where they are given, are with it.
+inline void check_devices(
+    const char* op, const Tensor& packed_weight,
+    std::initializer_list<std::pair<const char*, std::optional<Tensor>>> others) {
   TORCHWELD_CHECK(packed_weight.is_cuda(), op, "packed_weight",
                   "a tensor on CUDA, as another argument is",
                   "one on " << device_name(packed_weight));
-}
-inline void check_device(const char* op, const char* argument, const Tensor& tensor,
-                         const Tensor& packed_weight) {
-  TORCHWELD_CHECK(tensor.device() == packed_weight.device(), op, argument,
-                  "a tensor on " << device_name(packed_weight) << ", as packed_weight is",
-                  "one on " << device_name(tensor));
+  for (const auto& [argument, tensor] : others) {
+    TORCHWELD_CHECK(!tensor || tensor->device() == packed_weight.device(), op, argument,
+                    "a tensor on " << device_name(packed_weight) << ", as packed_weight is",
+                    "one on " << device_name(*tensor));
+  }
 }
 
 // `tensor`, which is contiguous, or a copy at an address the kernels can read 16 bytes at.

@@ -75,15 +75,11 @@ Tensor quantized_linear(Tensor input, Tensor packed_weight, Tensor weight_scale,
                         std::optional<Tensor> bias, std::optional<Tensor> residual,
                         int64_t in_features, String activation, int64_t input_group_size) {
   const char* op = "quantized_linear";
-  const LinearShape shape =
-      check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
-  check_weight_sum(op, weight_sum, shape);
-  check_group_size(op, input_group_size);
-  check_on_cuda(op, packed_weight);
-  check_device(op, "input", input, packed_weight);
-  check_device(op, "weight_scale", weight_scale, packed_weight);
-  if (bias) check_device(op, "bias", *bias, packed_weight);
-  if (residual) check_device(op, "residual", *residual, packed_weight);
+  const LinearShape shape = check_quantized_linear(op, input, packed_weight, weight_scale,
+                                                   weight_sum, in_features, input_group_size);
+  check_devices(
+      op, packed_weight,
+      {{"input", input}, {"weight_scale", weight_scale}, {"bias", bias}, {"residual", residual}});
 
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
@@ -102,12 +98,9 @@ std::tuple<Tensor, Tensor> quantized_linear_accumulators(Tensor input, Tensor pa
                                                          Tensor weight_scale, Tensor weight_sum,
                                                          int64_t in_features) {
   const char* op = "quantized_linear_accumulators";
-  const LinearShape shape =
-      check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
-  check_weight_sum(op, weight_sum, shape);
-  check_summed(op, in_features);
-  check_on_cuda(op, packed_weight);
-  check_device(op, "input", input, packed_weight);
+  const LinearShape shape = check_quantized_linear_accumulators(
+      op, input, packed_weight, weight_scale, weight_sum, in_features);
+  check_devices(op, packed_weight, {{"input", input}});
 
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
@@ -133,10 +126,8 @@ Tensor quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weigh
                                  int64_t in_features) {
   const char* op = "quantized_linear_backward";
   const LinearShape shape =
-      check_quantized_linear(op, "grad", grad, false, packed_weight, weight_scale, in_features);
-  check_on_cuda(op, packed_weight);
-  check_device(op, "grad", grad, packed_weight);
-  check_device(op, "weight_scale", weight_scale, packed_weight);
+      check_quantized_linear_backward(op, grad, packed_weight, weight_scale, in_features);
+  check_devices(op, packed_weight, {{"grad", grad}, {"weight_scale", weight_scale}});
 
   const NoGradGuard no_grad;
   const CudaContext context(op, grad);

@@ -23,15 +23,6 @@ struct Weight {
   const uint8_t* zeros() const { return zero.const_data_ptr<uint8_t>(); }
 };
 
-void check_devices(const char* op, const char* argument, const Tensor& matrix,
-                   const Tensor& packed_weight, const Tensor& weight_scale,
-                   const Tensor& weight_zero) {
-  check_on_cuda(op, packed_weight);
-  check_device(op, argument, matrix, packed_weight);
-  check_device(op, "weight_scale", weight_scale, packed_weight);
-  check_device(op, "weight_zero", weight_zero, packed_weight);
-}
-
 // end_at(row): the epilogue from that row on, without the input's scale. `sums` and `input_scale`
 // are null but for the integers inside.
 template <class F>
@@ -91,12 +82,14 @@ Tensor quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_s
                              std::optional<Tensor> residual, int64_t in_features,
                              int64_t out_features, String activation) {
   const char* op = "quantized_linear_int4";
-  const LinearInt4Shape shape =
-      check_quantized_linear_int4(op, "input", input, true, packed_weight, weight_scale,
-                                  weight_zero, in_features, out_features);
-  check_devices(op, "input", input, packed_weight, weight_scale, weight_zero);
-  if (bias) check_device(op, "bias", *bias, packed_weight);
-  if (residual) check_device(op, "residual", *residual, packed_weight);
+  const LinearInt4Shape shape = check_quantized_linear_int4(op, input, packed_weight, weight_scale,
+                                                            weight_zero, in_features, out_features);
+  check_devices(op, packed_weight,
+                {{"input", input},
+                 {"weight_scale", weight_scale},
+                 {"weight_zero", weight_zero},
+                 {"bias", bias},
+                 {"residual", residual}});
 
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
@@ -115,10 +108,10 @@ std::tuple<Tensor, Tensor> quantized_linear_int4_accumulators(Tensor input, Tens
                                                               int64_t in_features,
                                                               int64_t out_features) {
   const char* op = "quantized_linear_int4_accumulators";
-  const LinearInt4Shape shape =
-      check_quantized_linear_int4(op, "input", input, true, packed_weight, weight_scale,
-                                  weight_zero, in_features, out_features);
-  check_devices(op, "input", input, packed_weight, weight_scale, weight_zero);
+  const LinearInt4Shape shape = check_quantized_linear_int4(op, input, packed_weight, weight_scale,
+                                                            weight_zero, in_features, out_features);
+  check_devices(op, packed_weight,
+                {{"input", input}, {"weight_scale", weight_scale}, {"weight_zero", weight_zero}});
 
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
@@ -138,9 +131,10 @@ Tensor quantized_linear_int4_backward(Tensor grad, Tensor packed_weight, Tensor 
                                       Tensor weight_zero, int64_t in_features,
                                       int64_t out_features) {
   const char* op = "quantized_linear_int4_backward";
-  const LinearInt4Shape shape = check_quantized_linear_int4(
-      op, "grad", grad, false, packed_weight, weight_scale, weight_zero, in_features, out_features);
-  check_devices(op, "grad", grad, packed_weight, weight_scale, weight_zero);
+  const LinearInt4Shape shape = check_quantized_linear_int4_backward(
+      op, grad, packed_weight, weight_scale, weight_zero, in_features, out_features);
+  check_devices(op, packed_weight,
+                {{"grad", grad}, {"weight_scale", weight_scale}, {"weight_zero", weight_zero}});
 
   const NoGradGuard no_grad;
   const CudaContext context(op, grad);

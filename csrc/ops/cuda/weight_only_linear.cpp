@@ -13,12 +13,10 @@ Tensor weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scal
                           int64_t in_features, String activation) {
   const char* op = "weight_only_linear";
   const LinearShape shape =
-      check_quantized_linear(op, "input", input, true, packed_weight, weight_scale, in_features);
-  check_on_cuda(op, packed_weight);
-  check_device(op, "input", input, packed_weight);
-  check_device(op, "weight_scale", weight_scale, packed_weight);
-  if (bias) check_device(op, "bias", *bias, packed_weight);
-  if (residual) check_device(op, "residual", *residual, packed_weight);
+      check_weight_only_linear(op, input, packed_weight, weight_scale, in_features);
+  check_devices(
+      op, packed_weight,
+      {{"input", input}, {"weight_scale", weight_scale}, {"bias", bias}, {"residual", residual}});
 
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
