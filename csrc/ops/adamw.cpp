@@ -17,11 +17,6 @@ bool overlaps(const Tensor& tensor) {
   return false;
 }
 
-void check_length(const TensorList& params, const TensorList& list, const char* argument) {
-  TORCHWELD_CHECK(list.size() == params.size(), "adamw_step_", argument,
-                  params.size() << " tensors, one per param", list.size());
-}
-
 }  // namespace
 
 std::optional<RealType> real_type(ScalarType type) {
@@ -72,27 +67,12 @@ void check_like_param(const char* op, const char* argument, const Tensor& tensor
                   "an expanded tensor at " << k);
 }
 
-void check_lengths(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                   const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                   const TensorList& state_steps, bool amsgrad) {
-  check_length(params, grads, "grads");
-  check_length(params, exp_avgs, "exp_avgs");
-  check_length(params, exp_avg_sqs, "exp_avg_sqs");
-  check_length(params, state_steps, "state_steps");
-  if (amsgrad) {
-    check_length(params, max_exp_avg_sqs, "max_exp_avg_sqs");
-  } else {
-    TORCHWELD_CHECK(max_exp_avg_sqs.empty(), "adamw_step_", "max_exp_avg_sqs",
-                    "an empty list without amsgrad", max_exp_avg_sqs.size() << " tensors");
-  }
-}
-
-void check_grad_norm(const TensorList& grads) {
+void check_grad_norm(const char* op, const TensorList& grads) {
   for (const Tensor& grad : grads) {
-    TORCHWELD_CHECK(real_type(grad.scalar_type()), "grad_norm", "grads", kAdamWDTypes,
+    TORCHWELD_CHECK(real_type(grad.scalar_type()), op, "grads", kAdamWDTypes,
                     dtype_name(grad.scalar_type()));
-    TORCHWELD_CHECK(grad.device() == grads[0].device(), "grad_norm", "grads",
-                    "tensors on one device", "another");
+    TORCHWELD_CHECK(grad.device() == grads[0].device(), op, "grads", "tensors on one device",
+                    "another");
   }
 }
 

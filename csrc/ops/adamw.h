@@ -22,12 +22,8 @@ inline constexpr const char* kAdamWDTypes =
 void check_like_param(const char* op, const char* argument, const Tensor& tensor,
                       const Tensor& param, ScalarType dtype, size_t k, bool written);
 
-// Throws unless there is one tensor in each list for each param.
-void check_lengths(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                   const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                   const TensorList& state_steps, bool amsgrad);
-
-void check_grad_norm(const TensorList& grads);
+// Throws unless a norm can be taken over all of these.
+void check_grad_norm(const char* op, const TensorList& grads);
 
 // Throws unless a tensor is a scalar where the parameters are: `dtype`, or float64 or float32.
 void check_scalar(const char* op, const char* argument, const Tensor& tensor, const Tensor& param,

@@ -27,6 +27,12 @@ void align(AdamWWork& work, const AdamWPlan& plan, const Tensor& grad) {
   work.fill();
 }
 
+void check_length(const char* op, const char* argument, const TensorList& list,
+                  const TensorList& params) {
+  TORCHWELD_CHECK(list.size() == params.size(), op, argument,
+                  params.size() << " tensors, one per param", list.size());
+}
+
 }  // namespace
 
 std::vector<AdamWHyper> groups_of(const char* op, const AdamWPlan& plan,
@@ -49,6 +55,16 @@ std::vector<AdamWHyper> groups_of(const char* op, const AdamWPlan& plan,
     groups[k].lr_tensor = lrs[k];
   }
   return groups;
+}
+
+void check_scalars(const char* op, const AdamWPlan& plan, const std::optional<Tensor>& loss_scale,
+                   const std::optional<Tensor>& sum_of_squares) {
+  if (plan.entries.empty()) return;
+  const Tensor& param = plan.get(plan.entries[0], kParam);
+  if (loss_scale) check_scalar(op, "loss_scale", *loss_scale, param);
+  if (sum_of_squares) {
+    check_scalar(op, "sum_of_squares", *sum_of_squares, param, ScalarType::Double);
+  }
 }
 
 void AdamWWork::fill() {
@@ -106,9 +122,22 @@ std::vector<AdamWWork> work_of(const char* op, AdamWPlan& plan,
   return all;
 }
 
-void plan_lists(AdamWPlan& plan, const TensorList& params, const TensorList& exp_avgs,
-                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                const TensorList& state_steps) {
+std::vector<AtenTensorHandle> plan_lists(const char* op, AdamWPlan& plan, const AdamWLists& lists,
+                                         bool amsgrad, const std::optional<Tensor>& grad_scale) {
+  const TensorList& params = lists.params;
+  check_length(op, "grads", lists.grads, params);
+  check_length(op, "exp_avgs", lists.exp_avgs, params);
+  check_length(op, "exp_avg_sqs", lists.exp_avg_sqs, params);
+  check_length(op, "state_steps", lists.state_steps, params);
+  if (amsgrad) {
+    check_length(op, "max_exp_avg_sqs", lists.max_exp_avg_sqs, params);
+  } else {
+    TORCHWELD_CHECK(lists.max_exp_avg_sqs.empty(), op, "max_exp_avg_sqs",
+                    "an empty list without amsgrad", lists.max_exp_avg_sqs.size() << " tensors");
+  }
+  std::vector<AtenTensorHandle> grads;
+  if (params.empty()) return grads;
+  if (grad_scale) check_scalar(op, "grad_scale", *grad_scale, params[0], ScalarType::Double);
   for (size_t k = 0; k < params.size(); ++k) {
     AdamWEntry& entry = plan.entries.emplace_back();
     const auto place = [&](AdamWRole role, const Tensor& tensor) {
@@ -116,11 +145,13 @@ void plan_lists(AdamWPlan& plan, const TensorList& params, const TensorList& exp
       plan.tensors.push_back(tensor);
     };
     place(kParam, params[k]);
-    place(kStep, state_steps[k]);
-    place(kExpAvg, exp_avgs[k]);
-    place(kExpAvgSq, exp_avg_sqs[k]);
-    if (!max_exp_avg_sqs.empty()) place(kMaxExpAvgSq, max_exp_avg_sqs[k]);
+    place(kStep, lists.state_steps[k]);
+    place(kExpAvg, lists.exp_avgs[k]);
+    place(kExpAvgSq, lists.exp_avg_sqs[k]);
+    if (amsgrad) place(kMaxExpAvgSq, lists.max_exp_avg_sqs[k]);
+    grads.push_back(lists.grads[k].get());
   }
+  return grads;
 }
 
 }  // namespace torchweld::ops

@@ -21,6 +21,10 @@ struct AdamWHyper {
 std::vector<AdamWHyper> groups_of(const char* op, const AdamWPlan& plan,
                                   const std::vector<double>& hyper, const TensorList& lrs);
 
+// Throws unless each is a scalar beside the parameters.
+void check_scalars(const char* op, const AdamWPlan& plan, const std::optional<Tensor>& loss_scale,
+                   const std::optional<Tensor>& sum_of_squares);
+
 // An entry of a plan in a step, between its checks and its writes.
 struct AdamWWork {
   AdamWEntry* entry;
@@ -50,9 +54,14 @@ struct AdamWWork {
 std::vector<AdamWWork> work_of(const char* op, AdamWPlan& plan,
                                const std::vector<AtenTensorHandle>& grads, const IntList& which);
 
-// Adds parameters with states like them to a plan.
-void plan_lists(AdamWPlan& plan, const TensorList& params, const TensorList& exp_avgs,
-                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                const TensorList& state_steps);
+// The lists of adamw_step_.
+struct AdamWLists {
+  const TensorList &params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &state_steps;
+};
+
+// Adds parameters with states like them to a plan; returns the gradients. Throws unless there is
+// one tensor in each list for each parameter, and grad_scale is a scalar beside them.
+std::vector<AtenTensorHandle> plan_lists(const char* op, AdamWPlan& plan, const AdamWLists& lists,
+                                         bool amsgrad, const std::optional<Tensor>& grad_scale);
 
 }  // namespace torchweld::ops

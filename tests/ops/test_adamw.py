@@ -355,9 +355,10 @@ def test_bad_arguments_write_nothing(change, message):
         assert all(torch.equal(a, b) for a, b in zip(tensors, arguments[name], strict=True))
 
 
-def test_grad_norm_of_integers_is_an_error():
-    with pytest.raises(RuntimeError, match=r"torchweld::grad_norm: grads: .*got int64"):
-        tw.ops.grad_norm([torch.ones(2), torch.ones(2, dtype=torch.int64)])
+@pytest.mark.parametrize("name", ["grad_norm", "_adamw_sum_of_squares"])
+def test_norm_of_integers_is_an_error(name):
+    with pytest.raises(RuntimeError, match=rf"torchweld::{name}: grads: .*got int64"):
+        getattr(torch.ops.torchweld, name)([torch.ones(2), torch.ones(2, dtype=torch.int64)])
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <memory>
 
-#include "ops/check.h"
 #include "ops/cpu/adamw_run.h"
 #include "ops/kernels.h"
 
@@ -26,13 +25,11 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
                  double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
                  std::optional<Tensor> grad_scale) {
   constexpr const char* op = "adamw_step_";
-  check_lengths(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
-  if (params.empty()) return;
-  if (grad_scale) check_scalar(op, "grad_scale", *grad_scale, params[0], ScalarType::Double);
   AdamWPlan plan;
-  plan_lists(plan, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps);
-  std::vector<AtenTensorHandle> handles;
-  for (const Tensor& grad : grads) handles.push_back(grad.get());
+  const std::vector<AtenTensorHandle> handles =
+      plan_lists(op, plan, {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps},
+                 amsgrad, grad_scale);
+  if (params.empty()) return;
   NoGradGuard no_grad;
   AdamWRun(op, plan, handles, {})
       .step({{lr, beta1, beta2, eps, weight_decay, maximize}},
@@ -40,7 +37,7 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
 }
 
 Tensor grad_norm(TensorList grads) {
-  check_grad_norm(grads);
+  check_grad_norm("grad_norm", grads);
   NoGradGuard no_grad;
   Tensor norm = torch::stable::empty({}, ScalarType::Double);
   *norm.mutable_data_ptr<double>() = std::sqrt(sum_of_squares(grads));
@@ -58,12 +55,10 @@ Tensor adamw_run(Tensor plan_bytes, const Handles& grads, IntList which, std::ve
   constexpr const char* op = "_adamw_run";
   AdamWPlan& plan = to_plan(plan_bytes);
   std::vector<AdamWHyper> groups = groups_of(op, plan, hyper, lrs);
+  check_scalars(op, plan, loss_scale, sum_of_squares);
   for (AdamWHyper& group : groups) {
     if (group.lr_tensor) group.lr = scalar(*group.lr_tensor);
   }
-  if (loss_scale) check_scalar(op, "loss_scale", *loss_scale, plan.tensors.at(0));
-  if (sum_of_squares)
-    check_scalar(op, "sum_of_squares", *sum_of_squares, plan.tensors.at(0), ScalarType::Double);
 
   NoGradGuard no_grad;
   AdamWRun run(op, plan, grads.get(), which);
@@ -94,7 +89,7 @@ Tensor adamw_run(Tensor plan_bytes, const Handles& grads, IntList which, std::ve
 }
 
 Tensor adamw_sum_of_squares(TensorList grads) {
-  check_grad_norm(grads);
+  check_grad_norm("_adamw_sum_of_squares", grads);
   NoGradGuard no_grad;
   return vector_of({sum_of_squares(grads)});
 }

@@ -13,7 +13,7 @@ using kernels::kAdamWSumPiece;
 // --- norm ----------------------------------------------------------------------------------------
 Tensor norm(const char* op, const TensorList& tensors, bool root, const IntList& shape) {
   TORCHWELD_CHECK(!tensors.empty(), op, "grads", "a tensor", "none");
-  check_grad_norm(tensors);
+  check_grad_norm(op, tensors);
   NoGradGuard no_grad;
   const CudaContext context(op, tensors[0]);
   std::vector<Aligned> aligned;
@@ -71,13 +71,11 @@ void adamw_step_(TensorList params, TensorList grads, TensorList exp_avgs, Tenso
                  double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
                  std::optional<Tensor> grad_scale) {
   constexpr const char* op = "adamw_step_";
-  check_lengths(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
-  if (params.empty()) return;
-  if (grad_scale) check_scalar(op, "grad_scale", *grad_scale, params[0], ScalarType::Double);
   AdamWPlan plan;
-  plan_lists(plan, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps);
-  std::vector<AtenTensorHandle> handles;
-  for (const Tensor& grad : grads) handles.push_back(grad.get());
+  const std::vector<AtenTensorHandle> handles =
+      plan_lists(op, plan, {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps},
+                 amsgrad, grad_scale);
+  if (params.empty()) return;
   AdamWCudaOptions options;
   if (grad_scale) options.grad_scale = grad_scale->const_data_ptr<double>();
   adamw_run_on_cuda(op, plan, handles, {}, {{lr, beta1, beta2, eps, weight_decay, maximize}},
@@ -91,10 +89,7 @@ Tensor adamw_run(Tensor plan_bytes, const Handles& grads, IntList which, std::ve
   constexpr const char* op = "_adamw_run";
   AdamWPlan& plan = to_plan(plan_bytes);
   const std::vector<AdamWHyper> groups = groups_of(op, plan, hyper, lrs);
-  if (loss_scale) check_scalar(op, "loss_scale", *loss_scale, plan.tensors.at(0));
-  if (sum_of_squares) {
-    check_scalar(op, "sum_of_squares", *sum_of_squares, plan.tensors.at(0), ScalarType::Double);
-  }
+  check_scalars(op, plan, loss_scale, sum_of_squares);
   return adamw_run_on_cuda(op, plan, grads.get(), which, groups,
                            {.max_grad_norm = max_grad_norm,
                             .loss_scale = loss_scale,
