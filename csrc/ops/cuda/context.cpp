@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
@@ -12,15 +13,19 @@ std::string version_string(int version) {  // 13020: 13.2
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// Kernels have parameters of more than 4 KB (launch_write).
+constexpr int kOldestDriver = 12010;
+
 // Empty, or why the driver cannot run this build. A driver runs the machine code of all releases of
 // CUDA with its own major number and the older ones; of PTX, see CudaContext::check().
 std::string driver_problem() {
   int driver = 0, runtime = 0;
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
-  if (driver / 1000 >= runtime / 1000) return {};
+  const int oldest = std::max(runtime / 1000 * 1000, kOldestDriver);
+  if (driver >= oldest) return {};
   std::ostringstream out;
-  out << "this build needs a driver for CUDA " << runtime / 1000 << ", ";
+  out << "this build needs a driver for CUDA " << version_string(oldest) << ", ";
   if (driver == 0) {
     out << "and there is none";
   } else {
