@@ -9,7 +9,7 @@
 namespace torchweld::ops {
 
 // Brings tensors to one dense layout. One that is not in it already is worked on in a copy;
-// write_back() copies the results home.
+// write_back() copies the results home, once.
 class Aligned {
  public:
   explicit Aligned(const Tensor& layout)
@@ -23,8 +23,14 @@ class Aligned {
     return aligned.mutable_data_ptr();
   }
 
+  // For who shares memory with others that were written since.
+  void read_again() {
+    for (auto& [tensor, copy] : results_) torch::stable::copy_(copy, tensor);
+  }
+
   void write_back() {
     for (auto& [tensor, copy] : results_) torch::stable::copy_(tensor, copy);
+    results_.clear();
   }
 
  private:

@@ -9,6 +9,15 @@ namespace {
 // Entries worth a thread of their own to look at.
 constexpr int64_t kLooks = 64;
 
+MemoryRange range_of(const Tensor& tensor) {
+  const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+  if (tensor.numel() == 0) return {begin, begin};
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
+  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+}
+
 // Brings tensors that do not lie alike to one layout.
 void align(AdamWWork& work, const AdamWPlan& plan, const Tensor& grad) {
   AdamWEntry& entry = *work.entry;
@@ -25,6 +34,7 @@ void align(AdamWWork& work, const AdamWPlan& plan, const Tensor& grad) {
   }
   work.span.grad = work.aligned ? work.aligned->read(grad) : grad.const_data_ptr();
   work.fill();
+  work.home = range_of(plan.get(entry, kParam));
 }
 
 void check_length(const char* op, const char* argument, const TensorList& list,
@@ -79,6 +89,8 @@ void AdamWWork::fill() {
           .exp_avg_sq_scale = static_cast<float*>(data[kExpAvgSqScale]),
           .size = entry->size,
           .index = 0};
+  const auto* begin = static_cast<const char*>(span.param);
+  home = {begin, begin + span.size * static_cast<int64_t>(size_of(dtype()))};
 }
 
 std::vector<AdamWWork> work_of(const char* op, AdamWPlan& plan,

@@ -31,21 +31,15 @@ struct AdamWWork {
   bool uniform;                      // as before
   std::unique_ptr<Aligned> aligned;  // where tensors do not lie alike
   kernels::AdamWSpan span;           // index 0
+  MemoryRange home;                  // of the parameter, also where `span` is of a copy
 
   kernels::DType dtype() const { return entry->type.dtype; }
-  int64_t bytes() const { return span.size * static_cast<int64_t>(size_of(dtype())); }
   float* step() const { return static_cast<float*>(entry->data[kStep]); }
   char* average() const { return static_cast<char*>(entry->data[kAverage]); }
   char* bfloat16_weight() const { return static_cast<char*>(entry->data[kBFloat16Weight]); }
   bool is_observed() const { return average() != nullptr || bfloat16_weight() != nullptr; }
 
-  // From the first byte to behind the last one.
-  MemoryRange param_range() const {
-    const auto* begin = static_cast<const char*>(span.param);
-    return {begin, begin + bytes()};
-  }
-
-  // All but span.grad, which is there.
+  // All but span.grad, which is there, and `aligned`.
   void fill();
 };
 

@@ -75,14 +75,16 @@ class Device {
     prepare.report = report;
     ok(launch_adamw_prepare(prepare, nullptr));
     std::vector<MemoryRange> params;
+    std::vector<int64_t> sizes;
     int64_t elements = 0;
     for (size_t t = 0; t < tensors.size(); ++t) {
       const auto* begin = static_cast<const char*>(tensors[t].span.param);
       elements += tensors[t].span.size;
+      sizes.push_back(tensors[t].span.size);
       params.emplace_back(begin, begin + tensors[t].span.size * size_of(kinds_[t].param));
     }
     ChunkRuns runs(chunk_size_);
-    const std::vector<AdamWBatch> batches = batches_of(params, kinds_, runs);
+    const std::vector<AdamWBatch> batches = batches_of(params, sizes, kinds_, runs);
     const std::vector<Chunk> chunks = chunks_of(runs);
     std::vector<AdamWStatistics> statistics(observes ? chunks.size() : 0);
     for (const AdamWBatch& batch : batches) {

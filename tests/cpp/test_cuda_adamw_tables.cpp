@@ -46,12 +46,13 @@ void check_batches() {
       params.emplace_back(begin, begin + sizes[t] * size_of(kinds[t].param));
     }
     ChunkRuns runs(2048, 10);
-    const std::vector<AdamWBatch> batches = batches_of(params, kinds, runs);
+    const std::vector<AdamWBatch> batches = batches_of(params, sizes, kinds, runs);
     CHECK(batches.size() == (shared ? 4u : 2u), "%zu batches", batches.size());
     CHECK(runs.end() == 10 + 3 + 1 + 1 + 3, "%ld chunks", static_cast<long>(runs.end()));
     int64_t next = 10;
     for (const AdamWBatch& batch : batches) {
       CHECK(batch.first == next, "batches without gaps");
+      CHECK(batch.tensor.has_value() == shared, "alone where memory is shared");
       next += batch.count;
       for (const ChunkRun& run : runs.runs()) {
         const bool inside = run.first >= batch.first && run.first < next;

@@ -282,3 +282,28 @@ def test_states_elsewhere_are_refused(device):
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         train(params, optimizer, range(1))
     assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda w: (w[:, :20], w[:, :20]),
+        lambda w: (w[:, :20], w[:, 10:30]),
+        lambda w: (w[:, :20], w[:, 20:40]),
+        lambda w: (w, w[:, :20]),
+        lambda w: (w[:, :20], w),
+    ],
+    ids=["same", "partly", "side by side", "with the whole", "before the whole"],
+)
+def test_parameters_with_gaps_in_one_memory_are_stepped_one_after_the_other(device, views):
+    def run(made):
+        memory = parameter(40, 50).detach().to(device)
+        params = [nn.Parameter(torch.empty(0, device=device)) for _ in range(3)]
+        for param, view in zip(params, (*views(memory), memory.new_ones(7)), strict=True):
+            param.data = view
+        train(params, made(params), range(3))
+        return memory
+
+    # Its fused step takes every parameter for one without gaps.
+    expected = run(lambda params: torch.optim.AdamW(params, lr=1e-2, foreach=False))
+    torch.testing.assert_close(run(lambda p: tw.optim.AdamW(p, lr=1e-2)), expected)

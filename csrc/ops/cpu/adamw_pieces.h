@@ -32,10 +32,12 @@ class Pieces {
   void for_each(const F& f) const {
     parallel_for(end_, kGrain, [&](int64_t begin, int64_t end) { for_range(begin, end, f); });
   }
-  // One after the other.
+  // Likewise for the pieces of one tensor.
   template <class F>
-  void for_each_in_order(const F& f) const {
-    for_range(0, end_, f);
+  void for_each_of(size_t tensor, const F& f) const {
+    const int64_t place = places_[tensor];
+    parallel_for(sizes_[tensor], kGrain,
+                 [&](int64_t begin, int64_t end) { for_range(place + begin, place + end, f); });
   }
 
  private:

@@ -154,9 +154,7 @@ int64_t AdamWRun::count_nonfinite() const {
 bool AdamWRun::shares_memory() {
   std::vector<MemoryRange> ranges;
   ranges.reserve(work_.size());
-  for (const AdamWWork& work : work_) {
-    ranges.push_back(work.param_range());
-  }
+  for (const AdamWWork& work : work_) ranges.push_back(work.home);
   if (ranges == plan_.disjoint) return false;
   if (overlap(ranges)) return true;
   plan_.disjoint = std::move(ranges);
@@ -198,9 +196,14 @@ AdamWStatistics AdamWRun::step(const std::vector<AdamWHyper>& groups, double gra
     return found;
   };
 
-  // Stock steps one parameter after the other, and so does this where two are the same memory.
-  const auto for_each = [&, in_order = shares_memory()](const auto& f) {
-    in_order ? pieces.for_each_in_order(f) : pieces.for_each(f);
+  // Stock steps one parameter after the other, and so does this where two share memory.
+  const auto for_each = [&, one_by_one = shares_memory()](const auto& f) {
+    if (!one_by_one) return pieces.for_each(f);
+    for (size_t t = 0; t < work_.size(); ++t) {
+      if (work_[t].aligned) work_[t].aligned->read_again();
+      pieces.for_each_of(t, f);
+      if (work_[t].aligned) work_[t].aligned->write_back();
+    }
   };
   AdamWStatistics total{};
   if (observe) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -49,11 +50,14 @@ class ChunkRuns {
 struct AdamWBatch {
   kernels::cuda::AdamWKind kind;
   int64_t first, count;
+  std::optional<size_t> tensor;  // the only one, where parameters share memory
 };
 
 // Chunks of all tensors, those of one kind together; where parameters share memory, those of one
-// tensor: launches run one after the other, as stock steps parameters. `params`: where they lie.
+// tensor: launches run one after the other, as stock steps parameters. `params`: where they lie;
+// `sizes`: elements.
 inline std::vector<AdamWBatch> batches_of(const std::vector<MemoryRange>& params,
+                                          const std::vector<int64_t>& sizes,
                                           const std::vector<kernels::cuda::AdamWKind>& kinds,
                                           ChunkRuns& runs) {
   const bool one_by_one = overlap(params);
@@ -66,10 +70,11 @@ inline std::vector<AdamWBatch> batches_of(const std::vector<MemoryRange>& params
     for (size_t other = k; other < end; ++other) {
       if (done[other] || !(kinds[other] == kinds[k])) continue;
       done[other] = 1;
-      const auto bytes = params[other].second - params[other].first;
-      runs.add(other, bytes / static_cast<int64_t>(size_of(kinds[k].param)));
+      runs.add(other, sizes[other]);
     }
-    if (runs.end() > first) batches.push_back({kinds[k], first, runs.end() - first});
+    if (runs.end() == first) continue;
+    batches.push_back({kinds[k], first, runs.end() - first, std::nullopt});
+    if (one_by_one) batches.back().tensor = k;
   }
   return batches;
 }

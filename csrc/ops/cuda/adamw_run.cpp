@@ -50,7 +50,7 @@ void AdamWCudaTables::lay_out(const CudaContext& context, const std::vector<Adam
   for (const AdamWWork& w : work) elements_ += w.span.size;
   chunk_size_ = adamw_chunk_size(elements_, context.multiprocessors());
   ChunkRuns chunks(chunk_size_);
-  batches_ = batches_of(key_.params, key_.kinds, chunks);
+  batches_ = batches_of(key_.params, key_.sizes, key_.kinds, chunks);
   chunk_count_ = chunks.end();
   ChunkRuns pieces(kAdamWSumPiece, chunk_count_);  // one table behind the other
   for (size_t k = 0; k < work.size(); ++k) pieces.add(k, work[k].span.size);
@@ -79,14 +79,15 @@ void AdamWCudaTables::lay_out(const CudaContext& context, const std::vector<Adam
 
 void AdamWCudaTables::update(const CudaContext& context, const std::vector<AdamWHyper>& groups,
                              const std::vector<AdamWWork>& work) {
-  Key key{context.stream(), context.capture(), groups.size(), {}, {}};
+  Key key{context.stream(), context.capture(), groups.size(), {}, {}, {}};
   std::vector<AdamWGroup> group_table;
   std::vector<Values> grads;
   std::vector<AdamWTensor> tensors;
   for (const AdamWHyper& hyper : groups) group_table.push_back(group_of(hyper));
   for (const AdamWWork& w : work) {
     key.kinds.push_back(kind_of(w));
-    key.params.push_back(w.param_range());
+    key.params.push_back(w.home);
+    key.sizes.push_back(w.span.size);
     grads.push_back({w.span.grad, w.span.size, w.dtype()});
     tensors.push_back(tensor_of(w));
   }
@@ -114,7 +115,7 @@ void AdamWCudaTables::update(const CudaContext& context, const std::vector<AdamW
 }
 
 Tensor AdamWCudaTables::step(const CudaContext& context, const AdamWCudaOptions& options,
-                             bool observe) const {
+                             bool observe, std::vector<AdamWWork>& work) const {
   const cudaStream_t stream = context.stream();
   const Values* grads = memory_.at<Values>(grads_);
   const bool has_norm =
@@ -158,6 +159,8 @@ Tensor AdamWCudaTables::step(const CudaContext& context, const AdamWCudaOptions&
   if (observe) seen.allocate(device_);
   AdamWStatistics* const statistics = observe ? seen.at<AdamWStatistics>(seen_at) : nullptr;
   for (const AdamWBatch& batch : batches_) {
+    Aligned* const aligned = batch.tensor ? work[*batch.tensor].aligned.get() : nullptr;
+    if (aligned) aligned->read_again();
     context.check(launch_adamw_step(batch.kind,
                                     {.tensors = prepare.tensors,
                                      .grads = grads,
@@ -169,6 +172,7 @@ Tensor AdamWCudaTables::step(const CudaContext& context, const AdamWCudaOptions&
                                      .statistics = observe ? statistics + batch.first : nullptr,
                                      .average_weight = options.average_weight},
                                     stream));
+    if (aligned) aligned->write_back();
   }
   if (observe) {
     context.check(launch_adamw_report({.statistics = statistics,
@@ -196,7 +200,7 @@ Tensor adamw_run_on_cuda(const char* op, AdamWPlan& plan,
   if (plan.tables == nullptr) plan.tables = std::make_unique<AdamWCudaTables>(param);
   auto& tables = static_cast<AdamWCudaTables&>(*plan.tables);
   tables.update(context, groups, work);
-  Tensor report = tables.step(context, options, observe);
+  Tensor report = tables.step(context, options, observe, work);
   for (AdamWWork& w : work) {
     if (w.aligned) w.aligned->write_back();
   }

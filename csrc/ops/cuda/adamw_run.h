@@ -34,8 +34,9 @@ class AdamWCudaTables : public AdamWTables {
   void update(const CudaContext& context, const std::vector<AdamWHyper>& groups,
               const std::vector<AdamWWork>& work);
 
-  // Launches a step of what they hold; returns its report.
-  Tensor step(const CudaContext& context, const AdamWCudaOptions& options, bool observe) const;
+  // Launches a step of what they hold, which is `work`; returns its report.
+  Tensor step(const CudaContext& context, const AdamWCudaOptions& options, bool observe,
+              std::vector<AdamWWork>& work) const;
 
  private:
   // What decides where everything lies in memory, and which chunks there are.
@@ -45,6 +46,7 @@ class AdamWCudaTables : public AdamWTables {
     size_t groups = 0;
     std::vector<kernels::cuda::AdamWKind> kinds;
     std::vector<MemoryRange> params;
+    std::vector<int64_t> sizes;
 
     bool operator==(const Key&) const = default;
   };
