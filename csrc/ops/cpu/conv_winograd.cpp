@@ -101,14 +101,23 @@ class Forward {
         for (int64_t c = 0; c < points.panels(); ++c) {
           const Panel rows = points.panel(c);
           weight_.transform(panel, rows.first, rows.columns, weight.data(), stride, workspace);
+          kernels::Ahead ahead = next_weight(p, points, c);
           for (int64_t point = 0; point < kWinogradPoints; ++point) {
             multiply(block, panel, rows, point, weight.data() + point * stride, inputs.data(),
-                     products);
+                     products, &ahead);
           }
         }
         finish(block, panel, products);
       }
     });
+  }
+
+  // Memory would be idle during the products, which take longer than the transforms.
+  kernels::Ahead next_weight(int64_t panel, const Points& points, int64_t rows) const {
+    const bool is_last = rows + 1 == points.panels();
+    if (is_last && panel + 1 == weight_.panels()) return {};
+    const Panel next = points.panel(is_last ? 0 : rows + 1);
+    return weight_.ahead(weight_.panel(is_last ? panel + 1 : panel), next.first, next.columns);
   }
 
   static int64_t products_size(const Block& block) {
@@ -130,7 +139,8 @@ class Forward {
   // those before them: one chain as long as a panel. The transforms magnify the rounding of a
   // chain, and one as long as the channels would double the error of a direct convolution.
   void multiply(const Block& block, const Panel& panel, const Panel& rows, int64_t point,
-                const float* weight, const float* inputs, float* products) const {
+                const float* weight, const float* inputs, float* products,
+                kernels::Ahead* ahead = nullptr) const {
     const Points points = inputs_of(block);
     float* c = products + point * point_stride(block.count, panel.columns);
     const float* a = inputs + points.offset(rows.index) + point * points.stride(rows);
@@ -146,7 +156,8 @@ class Forward {
                               .c = c,
                               .c_row = panel.columns,
                               .accumulate = false,
-                              .epilogue = {.residual = rows.first > 0 ? c : nullptr}});
+                              .epilogue = {.residual = rows.first > 0 ? c : nullptr},
+                              .ahead = ahead});
   }
 
   // A panel of the block's output, and its statistics while it is in cache.
