@@ -28,6 +28,8 @@ constexpr int64_t kSliceSize = 1 << 17;
 constexpr int64_t kTasks = 16;
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrain = 1 << 20;
+// Multiply-adds in the time a value takes from memory.
+constexpr int64_t kWaited = 16;
 
 // The size of even parts of `size`, near `wish`.
 int64_t part_near(int64_t size, int64_t wish) {
@@ -196,13 +198,18 @@ void forward_pass(const ConvolutionShape& shape, const ConvolutionForwardOf<T>& 
   const Target<T> target{pass.output, plan.shape().out_height * row, row, channels};
   const int64_t group = part_near(panels, panels * blocks / kTasks);
   const int64_t groups = divide_up(panels, group), tasks = blocks * groups;
-  const int64_t size = shape.pixels() * shape.weights() / tasks;
+  // A weight of few pixels is waited for, not multiplied with.
+  const int64_t size = std::max(shape.pixels(), kWaited) * shape.weights() / tasks;
+  // Threads read each a part of what is larger, the weight or the input, and all of the other.
+  const bool by_panels =
+      groups > 1 && shape.weights() > shape.batch * shape.height * shape.width * shape.channels;
   parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
                [&](int64_t begin, int64_t end) {
                  Windows<T> windows(plan, pass.input);
                  for (int64_t task = begin; task < end; ++task) {
-                   const Block block = plan.block(task / groups);
-                   const int64_t first = task % groups * group;
+                   const int64_t index = by_panels ? task % blocks : task / groups;
+                   const Block block = plan.block(index);
+                   const int64_t first = (by_panels ? task / blocks : task % groups) * group;
                    const int64_t last = std::min(panels, first + group);
                    windows.move_to(block);
                    forward_block(plan, windows, block, pass.packed, target, pass.epilogue, first,
@@ -210,8 +217,8 @@ void forward_pass(const ConvolutionShape& shape, const ConvolutionForwardOf<T>& 
                    if constexpr (std::is_same_v<T, float>) {
                      if (pass.moments == nullptr) continue;
                      const int64_t c = first * kPanel;
-                     pass.moments->add(task / groups, target.at(block) + c, block.pixels(),
-                                       channels, c, std::min(channels, last * kPanel) - c);
+                     pass.moments->add(index, target.at(block) + c, block.pixels(), channels, c,
+                                       std::min(channels, last * kPanel) - c);
                    }
                  }
                });
