@@ -2,8 +2,6 @@
 // transformed back to output pixels, all in cache.
 #include "ops/cpu/conv_winograd.h"
 
-#include <vector>
-
 #include "ops/cpu/scratch.h"
 #include "ops/kernels.h"
 #include "ops/parallel.h"
@@ -33,10 +31,8 @@ class Forward {
 
   // Where the transformed weight stays in cache, threads take blocks of tiles. Where it is large,
   // they share a block of many tiles and take panels: each is transformed once for all of them.
-  // So they do where there are too few blocks to go round.
   void run() const {
-    const bool panels = weight_.large(),
-               shared = panels || (weight_.panels() > 1 && tiles_.count() <= kSharedTiles);
+    const bool panels = weight_.large();
     const int64_t size = panels ? even_part(tiles_.count(), kSharedTiles) : tiles_per_block();
     const int64_t blocks = divide_up(tiles_.count(), std::max<int64_t>(1, size));
     if (moments_ != nullptr) moments_->start(blocks, shape_.out_channels);
@@ -45,8 +41,6 @@ class Forward {
     };
     if (panels) {
       for (int64_t i = 0; i < blocks; ++i) run_panels(block(i));
-    } else if (shared) {
-      run_shared(blocks, block);
     } else {
       run_blocks(blocks, block);
     }
@@ -54,19 +48,17 @@ class Forward {
 
  private:
   static constexpr int64_t kBlockTiles = 28;
-  // Blocks at least, for threads to have equal shares: else they are half as large.
-  static constexpr int64_t kLeastBlocks = 14;
   static constexpr int64_t kSharedTiles = 128;
   struct Block {
     int64_t index, first, count;
   };
 
-  // Whole rows of tiles where they are short: then the pixels of a block are one run.
+  // Whole rows of tiles where they are short: then the pixels of a block are one run. Half as many
+  // where threads would get shares of a few blocks, which cannot be equal.
   int64_t tiles_per_block() const {
     const int64_t columns = tiles_.columns();
-    const int64_t most = tiles_.count() < kLeastBlocks * kBlockTiles && weight_.panels() == 1
-                             ? kBlockTiles / 2
-                             : kBlockTiles;
+    const int64_t blocks = divide_up(tiles_.count(), kBlockTiles);
+    const int64_t most = 2 < blocks && blocks <= 8 ? kBlockTiles / 2 : kBlockTiles;
     return columns <= most ? most / columns * columns : even_part(columns, most);
   }
 
@@ -81,28 +73,6 @@ class Forward {
         for (int64_t p = 0; p < weight_.panels(); ++p) {
           multiply(block(i), weight_.panel(p), inputs.data(), products);
         }
-      }
-    });
-  }
-
-  // A thread's blocks are those of one panel, as far as may be: it reads that of the weight alone.
-  template <class F>
-  void run_shared(int64_t blocks, const F& block) const {
-    std::vector<int64_t> offsets(blocks + 1);
-    for (int64_t i = 0; i < blocks; ++i) offsets[i + 1] = offsets[i] + inputs_of(block(i)).size();
-    const Scratch inputs(offsets[blocks]);
-    parallel_for(tiles_.count(), 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = 0; i < blocks; ++i) {
-        const Block b = block(i);
-        gather(b, std::max<int64_t>(0, begin - b.first), std::min(b.count, end - b.first),
-               inputs.data() + offsets[i]);
-      }
-    });
-    parallel_for(weight_.panels() * blocks, 1, [&](int64_t begin, int64_t end) {
-      const Scratch products(products_size(block(0)));
-      for (int64_t i = begin; i < end; ++i) {
-        const Panel panel = weight_.panel(i / blocks);
-        multiply(block(i % blocks), panel, inputs.data() + offsets[i % blocks], products.data());
       }
     });
   }
