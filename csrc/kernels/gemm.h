@@ -33,7 +33,7 @@ struct Ahead {
     const float* data;
     int64_t size;  // floats
   };
-  Stretch stretches[3];  // what is left of them, the next one last
+  Stretch stretches[9];  // what is left of them, the next one last
   int64_t count = 0;
 
   void add(const float* data, int64_t size) { stretches[count++] = {data, size}; }

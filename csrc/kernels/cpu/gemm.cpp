@@ -75,7 +75,11 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
   }
 
   // The rows of the next tile: read for the first time, they are too far apart for the hardware.
-  if (a_step == 1 && g.runs == 1) {
+  // Long ones that lie together are fetched a step at a time: all at once they would be waited for.
+  const bool walks = a_step == 1 && g.runs == 1 && a_row == g.depth && g.depth > kNearDepth;
+  const float* rows_ahead = g.a[0] + (walks ? (row + kRows) * a_row : 0);
+  const int64_t rows_step = walks ? kRows : 0;
+  if (a_step == 1 && g.runs == 1 && !walks) {
     const float* next = g.a[0] + (row + kRows) * a_row;
     const auto prefetch_rows = [&](auto locality) {
       for (int i = 0; i < kRows; ++i) {
@@ -124,6 +128,8 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
     b += b_row;
     __builtin_prefetch(ahead, 0, 2);
     ahead += 16;
+    __builtin_prefetch(rows_ahead, 0, 2);
+    rows_ahead += rows_step;
   };
   if (g.runs == 1) {
     start(0);

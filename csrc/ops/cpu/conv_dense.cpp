@@ -21,6 +21,8 @@ constexpr int64_t kBlockSize = 1 << 14;
 constexpr int64_t kBlockPixels = 48;
 // Pixels of a block at least, to share out a small batch.
 constexpr int64_t kLeastPixels = 28;
+// Pixels from which on the products with a panel have as many steps as the next one has lines.
+constexpr int64_t kFetchPixels = 28;
 // Floats of a panel that stay in cache while a block's pixels pass by.
 constexpr int64_t kSliceSize = 1 << 17;
 // Tasks at least, where panels can be shared out: for batches of one. With fewer than half as many
@@ -28,6 +30,8 @@ constexpr int64_t kSliceSize = 1 << 17;
 constexpr int64_t kTasks = 16;
 // Multiply-adds that are worth a thread.
 constexpr int64_t kGrain = 1 << 20;
+// Multiply-adds in the time a value takes from memory.
+constexpr int64_t kWaited = 16;
 
 // The size of even parts of `size`, near `wish`.
 int64_t part_near(int64_t size, int64_t wish) {
@@ -124,6 +128,17 @@ const T* Windows<T>::input_row(int64_t image, int64_t row) const {
 template class Windows<float>;
 template class Windows<BFloat16>;
 
+// Asks for a panel all at once, where no products before it are long enough to fetch it line by
+// line: a thread's first, and all of them where pixels are few. Where a batch is small the weight
+// comes from memory.
+void fetch_panel(const Plan& plan, const float* packed, int64_t panel) {
+  const int64_t width = panel_width(plan.shape().out_channels, panel);
+  const float* data = packed + panel * kPanel * plan.packed_steps();
+  for (int64_t i = 0; i < std::min(kSliceSize, width * plan.packed_steps()); i += 16) {
+    __builtin_prefetch(data + i, 0, 2);
+  }
+}
+
 void forward_block(const Plan& plan, const Windows<float>& windows, const Block& block,
                    const float* packed, const Target<float>& target,
                    const kernels::Epilogue& epilogue, int64_t first, int64_t last,
@@ -170,6 +185,7 @@ void forward_block(const Plan& plan, const Windows<float>& windows, const Block&
     }
   };
   for (int64_t panel = first; panel < last; ++panel) {
+    if (block.pixels() < kFetchPixels && panel + 1 < last) fetch_panel(plan, packed, panel + 1);
     for (int64_t run = 0; run < runs; run += slice_runs) {
       for (int64_t k = 0; k < depth; k += slice_depth) compute_slice(panel, run, k);
     }
@@ -196,13 +212,21 @@ void forward_pass(const ConvolutionShape& shape, const ConvolutionForwardOf<T>& 
   const Target<T> target{pass.output, plan.shape().out_height * row, row, channels};
   const int64_t group = part_near(panels, panels * blocks / kTasks);
   const int64_t groups = divide_up(panels, group), tasks = blocks * groups;
-  const int64_t size = shape.pixels() * shape.weights() / tasks;
+  // A weight of few pixels is waited for, not multiplied with.
+  const int64_t size = std::max(shape.pixels(), kWaited) * shape.weights() / tasks;
+  // Threads read each a part of what is larger, the weight or the input, and all of the other;
+  // where rows are copied, of the input alone.
+  const bool by_panels =
+      plan.is_matrix_product() && groups > 1 && shape.weights() > shape.pixels() * shape.channels;
   parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
                [&](int64_t begin, int64_t end) {
                  Windows<T> windows(plan, pass.input);
+                 const int64_t panel = (by_panels ? begin / blocks : begin % groups) * group;
+                 fetch_panel(plan, pass.packed, panel);
                  for (int64_t task = begin; task < end; ++task) {
-                   const Block block = plan.block(task / groups);
-                   const int64_t first = task % groups * group;
+                   const int64_t index = by_panels ? task % blocks : task / groups;
+                   const Block block = plan.block(index);
+                   const int64_t first = (by_panels ? task / blocks : task % groups) * group;
                    const int64_t last = std::min(panels, first + group);
                    windows.move_to(block);
                    forward_block(plan, windows, block, pass.packed, target, pass.epilogue, first,
@@ -210,8 +234,8 @@ void forward_pass(const ConvolutionShape& shape, const ConvolutionForwardOf<T>& 
                    if constexpr (std::is_same_v<T, float>) {
                      if (pass.moments == nullptr) continue;
                      const int64_t c = first * kPanel;
-                     pass.moments->add(task / groups, target.at(block) + c, block.pixels(),
-                                       channels, c, std::min(channels, last * kPanel) - c);
+                     pass.moments->add(index, target.at(block) + c, block.pixels(), channels, c,
+                                       std::min(channels, last * kPanel) - c);
                    }
                  }
                });

@@ -53,11 +53,13 @@ class Forward {
     int64_t index, first, count;
   };
 
-  // Whole rows of tiles where they are short: then the pixels of a block are one run.
+  // Whole rows of tiles where they are short: then the pixels of a block are one run. Half as many
+  // where threads would get shares of a few blocks, which cannot be equal.
   int64_t tiles_per_block() const {
     const int64_t columns = tiles_.columns();
-    return columns <= kBlockTiles ? kBlockTiles / columns * columns
-                                  : even_part(columns, kBlockTiles);
+    const int64_t blocks = divide_up(tiles_.count(), kBlockTiles);
+    const int64_t most = 2 < blocks && blocks <= 8 ? kBlockTiles / 2 : kBlockTiles;
+    return columns <= most ? most / columns * columns : even_part(columns, most);
   }
 
   template <class F>
@@ -68,18 +70,8 @@ class Forward {
       float* products = inputs.data() + inputs_size;
       for (int64_t i = begin; i < end; ++i) {
         gather(block(i), 0, block(i).count, inputs.data());
-        const Points points = inputs_of(block(i));
         for (int64_t p = 0; p < weight_.panels(); ++p) {
-          const Panel panel = weight_.panel(p);
-          const float* weight = weight_.points(panel);
-          for (int64_t point = 0; point < kWinogradPoints; ++point) {
-            for (int64_t c = 0; c < points.panels(); ++c) {
-              multiply(block(i), panel, points.panel(c), point,
-                       weight + point * weight_.stride(panel) + c * Weight::kRows * panel.width,
-                       inputs.data(), products);
-            }
-          }
-          finish(block(i), panel, products);
+          multiply(block(i), weight_.panel(p), inputs.data(), products);
         }
       }
     });
@@ -101,14 +93,23 @@ class Forward {
         for (int64_t c = 0; c < points.panels(); ++c) {
           const Panel rows = points.panel(c);
           weight_.transform(panel, rows.first, rows.columns, weight.data(), stride, workspace);
+          kernels::Ahead ahead = next_weight(p, points, c);
           for (int64_t point = 0; point < kWinogradPoints; ++point) {
             multiply(block, panel, rows, point, weight.data() + point * stride, inputs.data(),
-                     products);
+                     products, &ahead);
           }
         }
         finish(block, panel, products);
       }
     });
+  }
+
+  // Memory would be idle during the products, which take longer than the transforms.
+  kernels::Ahead next_weight(int64_t panel, const Points& points, int64_t rows) const {
+    const bool is_last = rows + 1 == points.panels();
+    if (is_last && panel + 1 == weight_.panels()) return {};
+    const Panel next = points.panel(is_last ? 0 : rows + 1);
+    return weight_.ahead(weight_.panel(is_last ? panel + 1 : panel), next.first, next.columns);
   }
 
   static int64_t products_size(const Block& block) {
@@ -126,11 +127,27 @@ class Forward {
     }
   }
 
+  // A panel of the output, of a small weight.
+  void multiply(const Block& block, const Panel& panel, const float* inputs,
+                float* products) const {
+    const Points points = inputs_of(block);
+    const float* weight = weight_.points(panel);
+    for (int64_t point = 0; point < kWinogradPoints; ++point) {
+      for (int64_t c = 0; c < points.panels(); ++c) {
+        multiply(block, panel, points.panel(c), point,
+                 weight + point * weight_.stride(panel) + c * Weight::kRows * panel.width, inputs,
+                 products);
+      }
+    }
+    finish(block, panel, products);
+  }
+
   // products [36][tiles][panel's columns] of one point from the input channels `rows`, added to
   // those before them: one chain as long as a panel. The transforms magnify the rounding of a
   // chain, and one as long as the channels would double the error of a direct convolution.
   void multiply(const Block& block, const Panel& panel, const Panel& rows, int64_t point,
-                const float* weight, const float* inputs, float* products) const {
+                const float* weight, const float* inputs, float* products,
+                kernels::Ahead* ahead = nullptr) const {
     const Points points = inputs_of(block);
     float* c = products + point * point_stride(block.count, panel.columns);
     const float* a = inputs + points.offset(rows.index) + point * points.stride(rows);
@@ -146,7 +163,8 @@ class Forward {
                               .c = c,
                               .c_row = panel.columns,
                               .accumulate = false,
-                              .epilogue = {.residual = rows.first > 0 ? c : nullptr}});
+                              .epilogue = {.residual = rows.first > 0 ? c : nullptr},
+                              .ahead = ahead});
   }
 
   // A panel of the block's output, and its statistics while it is in cache.

@@ -159,6 +159,8 @@ class Weight {
   // The points of up to kRows input channels in a panel, not of a small packed weight.
   void transform(const Panel& panel, int64_t row, int64_t rows, float* points, int64_t point,
                  float* workspace) const;
+  // What transform() will read of a large packed weight; nothing of others, which lie elsewhere.
+  kernels::Ahead ahead(const Panel& panel, int64_t row, int64_t rows) const;
 
  private:
   void transpose(const Panel& panel, int64_t row, int64_t rows, float* taps, int64_t tap) const;

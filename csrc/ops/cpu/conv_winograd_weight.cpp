@@ -56,6 +56,14 @@ void Weight::transform(const Panel& panel, int64_t row, int64_t rows, float* poi
   }
 }
 
+kernels::Ahead Weight::ahead(const Panel& panel, int64_t row, int64_t rows) const {
+  kernels::Ahead ahead;
+  if (!large() || !packed()) return ahead;
+  const float* taps = packed_ + offset(panel.index) + row * panel.width;
+  for (int64_t i = 0; i < kTaps; ++i) ahead.add(taps + i * stride(panel), rows * panel.width);
+  return ahead;
+}
+
 void Weight::transpose(const Panel& panel, int64_t row, int64_t rows, float* taps,
                        int64_t tap) const {
   for (int64_t i = 0; i < kTaps; ++i) {
