@@ -1,5 +1,6 @@
 #include "ops/memory.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -79,6 +80,9 @@ class Pool {
     idle_.erase(idle_.begin(), idle_.begin() + static_cast<ptrdiff_t>(count));
   }
 
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
  private:
   std::mutex mutex_;
   std::vector<Block> idle_;  // oldest first
@@ -88,6 +92,9 @@ class Pool {
 Pool& pool() {
   // Never destroyed: torch may free a tensor after the library's static objects are gone.
   static Pool* const pool = new Pool;
+  // A child has one thread, and nobody to unlock what another one held. fork() waits for that.
+  [[maybe_unused]] static const int registered =
+      pthread_atfork([] { pool->lock(); }, [] { pool->unlock(); }, [] { pool->unlock(); });
   return *pool;
 }
 

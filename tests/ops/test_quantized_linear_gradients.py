@@ -94,8 +94,6 @@ def test_no_gradient_for_the_scales():
 # --- torch's machinery ---------------------------------------------------------------------------
 
 
-# torch 2.15's opcheck itself reads .grad of a tensor that is no leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_opcheck(activation):
     layer = Weight(10, 37)
@@ -107,7 +105,6 @@ def test_opcheck(activation):
     )
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_opcheck_of_the_others():
     layer = Weight(10, 37)
     weights = (layer.packed, layer.scale)

@@ -227,8 +227,6 @@ def test_no_gradient_for_the_scales():
 # --- torch's machinery ---------------------------------------------------------------------------
 
 
-# torch 2.15's opcheck itself reads .grad of a tensor that is no leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_opcheck(activation):
     layer, x = Weight(10, 37, 16), randn(3, 37).requires_grad_()
@@ -237,7 +235,6 @@ def test_opcheck(activation):
     torch.library.opcheck(op, (x.detach().half(), *layer.packed, None, None, 37, 10, activation))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_opcheck_of_the_others():
     layer = Weight(10, 37, 16)
     torch.library.opcheck(accumulators, (randn(2, 3, 37), *layer.packed, 37, 10))

@@ -286,8 +286,6 @@ def test_no_gradient_for_the_scales():
 # --- torch's machinery ---------------------------------------------------------------------------
 
 
-# torch 2.15's opcheck itself reads .grad of a tensor that is no leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_opcheck(activation):
     layer, x = Weight(10, 37), randn(3, 37).requires_grad_()

@@ -179,6 +179,25 @@ def test_who_raises_takes_part_in_the_sums(mesh, monkeypatch):
     assert len(reduced) == 2 * calls
 
 
+@pytest.mark.parametrize("norm", [3.0, torch.inf])
+def test_a_process_without_gradients_skips_as_the_others_do(mesh, monkeypatch, norm):
+    shard = distribute_tensor(parameter(8, 6).detach(), mesh, [Shard(0)] * 2, src_data_rank=None)
+    param = nn.Parameter(shard)
+    before = param.to_local().detach().clone()
+    optimizer = tw.optim.AdamW([param])
+    monkeypatch.setattr(
+        _distributed, "reduce_sum", lambda value, _: value + value.new_tensor([norm**2, 0])
+    )
+    scaler = tw.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.grad_norm == norm / 8
+    assert optimizer.skipped_steps == (norm == torch.inf)
+    assert scaler.get_scale() == (4 if norm == torch.inf else 8)
+    assert torch.equal(param.to_local(), before)
+
+
 def test_torch_may_rename_what_is_its_own(monkeypatch):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

@@ -42,6 +42,7 @@ class Plan:
         self.params: list[Tensor] = []
         self._idle: list[Tensor] = []  # no gradient so far
         self._all = [[*group["params"]] for group in groups]
+        flat = [param for params in self._all for param in params]
         self._dtypes = _dtypes(self._all)
         self._amsgrad = [group["amsgrad"] for group in groups]
         self._sharded: list[Tensor] = []
@@ -60,9 +61,12 @@ class Plan:
                     self._places.append(len(part.rows))
                     part.rows.append([k, ids[param], *row])
                     self.params.append(param)
-        self.is_sharded = bool(self._sharded)
+        # The same in every process, whichever parameters have gradients there: what is reduced over
+        # them is reduced by all, in this order.
+        self._shared = [part for part in dict.fromkeys(map(_part_of, flat)) if part.is_shared]
+        self.is_sharded = bool(self._shared)
         self._local_parts = [_distributed.local(x) for x in self._sharded]
-        self._reductions = [_distributed.reduction(param) for param in self.params]
+        self._parts_of = [*map(_part_of, self.params)]
         self._keys = list(optimizer.state)
         self._states = [
             dict(state) if isinstance(state, dict) else state for state in optimizer.state.values()
@@ -114,7 +118,8 @@ class Plan:
         failure = None
         try:
             for part, (part_grads, _) in parts.items():
-                sums[part] = torch.ops.torchweld._adamw_sum_of_squares(part_grads)
+                if part_grads:
+                    sums[part] = torch.ops.torchweld._adamw_sum_of_squares(part_grads)
         except RuntimeError as error:
             failure = error
         total = torch.zeros(2, dtype=torch.float64, device=next(iter(parts)).device)
@@ -135,7 +140,7 @@ class Plan:
         self, grads: Sequence[Tensor], which: Sequence[int], arguments: _arguments.Run
     ) -> Tensor:
         """Do one step; return its report, with the statistics of all processes' parameters."""
-        if len(self._on) > 1 or (self.is_sharded and arguments.statistics):
+        if len(self._on) > 1 or (self.is_sharded and (arguments.statistics or not grads)):
             return self._run_in_parts(grads, which, arguments)
         (device,) = self._on
         report = self._run_on(device, grads, which, arguments.on(device))
@@ -169,15 +174,15 @@ class Plan:
         """
         parts = self._parts(grads, which)
         first = next(iter(parts)).device
-        sums = {
-            part: torch.full((4,), torch.nan, dtype=torch.float64, device=part.device)
-            for part in parts
-        }
+        stepped = {part: held for part, held in parts.items() if held[0]}
+        sums = {part: torch.zeros(4, dtype=torch.float64, device=part.device) for part in parts}
+        for part in stepped:
+            sums[part].fill_(torch.nan)  # until it is known
         reports = []
         try:
-            if len(parts) > 1:
-                self._check(parts, arguments)
-            for part, (part_grads, places) in parts.items():
+            if len(stepped) > 1:
+                self._check(stepped, arguments)
+            for part, (part_grads, places) in stepped.items():
                 device = part.device
                 report = self._run_on(device, part_grads, places, arguments.on(device))
                 self._count_writes(places)
@@ -193,7 +198,7 @@ class Plan:
                     values_of_part = _distributed.reduce_sum(values_of_part, part.reduction)
                 total += values_of_part.to(first)
         squares, lost, nonfinite, size = total
-        norm, skipped, *_ = reports[0]
+        norm, skipped, *_ = reports[0] if reports else _of_others(arguments, first)
         return torch.stack([norm, skipped, squares.sqrt(), lost / size.clamp(min=1), nonfinite])
 
     def _check(self, parts: _Parts, arguments: _arguments.Run) -> None:
@@ -205,10 +210,9 @@ class Plan:
 
     def _parts(self, grads: Sequence[Tensor], which: Sequence[int]) -> _Parts:
         """Return gradients, and whose they are, by where they are and what to reduce over."""
-        parts: _Parts = {}
-        for place, grad in zip(which or range(len(self.params)), grads, strict=True):
-            part = _Part(_distributed.device(self.params[place]), self._reductions[place])
-            part_grads, places = parts.setdefault(part, ([], []))
+        parts: _Parts = {part: ([], []) for part in self._shared}
+        for place, grad in zip(which or range(len(grads)), grads, strict=True):
+            part_grads, places = parts.setdefault(self._parts_of[place], ([], []))
             part_grads.append(grad)
             places.append(place)
         return parts
@@ -264,8 +268,29 @@ class _Part(NamedTuple):
     device: torch.device
     reduction: _distributed.Reduction | None
 
+    @property
+    def is_shared(self) -> bool:
+        return self.reduction is not None and bool(self.reduction.dims)
+
 
 _Parts = dict[_Part, tuple[list[Tensor], list[int]]]
+
+
+def _part_of(param: Tensor) -> _Part:
+    return _Part(_distributed.device(param), _distributed.reduction(param))
+
+
+def _of_others(arguments: _arguments.Run, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return norm and skipped of a report where only other processes have gradients."""
+    norm = torch.full((), torch.nan, dtype=torch.float64, device=device)
+    skipped = torch.zeros_like(norm)
+    if arguments.sum_of_squares is not None:
+        norm = arguments.sum_of_squares.sqrt()
+        if arguments.loss_scale is not None:
+            norm = norm * arguments.loss_scale.to(norm).reciprocal()
+        if arguments.skip_nonfinite or arguments.loss_scale is not None:
+            skipped = (~norm.isfinite()).double()
+    return norm, skipped
 
 
 def _dtypes(groups: Iterable[Iterable[Tensor]]) -> list[torch.dtype]:

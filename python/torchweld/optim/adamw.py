@@ -291,7 +291,7 @@ class AdamW(Observed, Saved):
                 _arguments.refuse_sparse(grad)
             raise
         self._has_statistics = self._statistics
-        if may_skip and grads:
+        if may_skip and (grads or plan.is_sharded):
             skipped = Report.of(self._report).skipped
             self._count_skipped(skipped)
             if scaled:
@@ -301,7 +301,7 @@ class AdamW(Observed, Saved):
         return loss
 
     def _run(self, plan: Plan, grads: list[Tensor], which: list[int]) -> Tensor:
-        if not grads:
+        if not grads and not plan.is_sharded:
             return torch.zeros(len(Report._fields), dtype=torch.float64, device="cpu")
         arguments = _arguments.Run(
             *_arguments.hyperparameters(self.param_groups),

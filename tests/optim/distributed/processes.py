@@ -109,6 +109,33 @@ def failing(rank, layout):
     return {"state": snapshot(model, optimizer), "messages": messages}
 
 
+def lopsided(rank, layout):
+    """Steps in which a process has no gradient at all, all of them, and those of one part only."""
+    model, options = sharded(layout)
+    optimizer = optimizer_for(model, options)
+    optimizer.observe(statistics=True)
+    params = [*model.parameters()]
+
+    def norm(parts):
+        squares = sum(part.double().square().sum() for part in parts)
+        total = torch.zeros(1, dtype=torch.float64) + squares
+        dist.all_reduce(total)
+        return total.sqrt().squeeze()
+
+    seen = []
+    for step, (who, part) in enumerate([(1, model), (None, model), (0, model.embed)]):
+        optimizer.zero_grad()
+        model(fed(step, rank, params[0].dtype)).backward()
+        for param in part.parameters() if rank == who else ():
+            param.grad = None
+        expected = norm(p.grad.to_local() for p in params if p.grad is not None)
+        before = [p.detach().to_local().clone() for p in params]
+        optimizer.step()
+        update = norm(p.detach().to_local() - b for p, b in zip(params, before, strict=True))
+        seen.append((optimizer.grad_norm, expected, optimizer.statistics.update_norm, update))
+    return seen
+
+
 def sharded_twice(rank, layout, shape):
     """FSDP2 over parameters that tensor parallelism has cut along the same dimension."""
     model, options = build(layout)
@@ -327,6 +354,7 @@ def scenarios(folder):
     for option in {"max_grad_norm": 1.0}, {"skip_nonfinite": True}:
         yield f"ZeRO with {next(iter(option))}", partial(zero_refuses, **option), ()
     yield "failing", failing, ("clipped",)
+    yield "lopsided", lopsided, ("clipped",)
 
 
 def main(rank, folder):

@@ -69,6 +69,16 @@ def test_a_gradient_that_one_process_refuses(ranks):
         assert all(values["step"] == 1 for values in ours["state"].values())
 
 
+def test_a_process_without_gradients_takes_part_in_the_sums(ranks):
+    first, second = ranks("lopsided")
+    for ours, others in zip(first, second, strict=True):
+        assert torch.equal(torch.stack(ours), torch.stack(others))
+        norm, expected, update, expected_update = ours
+        assert norm > 0.5  # clipped indeed
+        torch.testing.assert_close(norm, expected, rtol=1e-13, atol=0)
+        torch.testing.assert_close(update, expected_update, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_zero_redundancy(ranks, layout):
     expected, _ = alone(layout, groups=False)
