@@ -360,15 +360,16 @@ void accumulate(const LinearInt4Block& block, int32_t* sums, int64_t stride) {
 // --- activations ---------------------------------------------------------------------------------
 
 void prepare(const PrepareInt4Rows& rows) {
+  // By value: bytes written through a pointer might be these.
+  const int64_t in_features = rows.in_features, groups = rows.groups, size = rows.group_size;
   for (int64_t r = 0; r < rows.rows; ++r) {
     int8_t* row = rows.quantized + r * rows.quantized_stride;
-    const int64_t size = rows.groups * rows.group_size;
-    for (int64_t k = 0; k < rows.in_features; ++k) row[k] ^= kFlip;
-    memset(row + rows.in_features, 0, (size_t)(size - rows.in_features));
-    for (int64_t group = 0; group < rows.groups; ++group) {
+    for (int64_t k = 0; k < in_features; ++k) row[k] ^= kFlip;
+    memset(row + in_features, 0, (size_t)(groups * size - in_features));
+    for (int64_t group = 0; group < groups; ++group) {
       int32_t sum = 0;
-      for (int64_t k = 0; k < rows.group_size; ++k) sum += row[group * rows.group_size + k];
-      rows.group_sum[r * rows.groups + group] = sum;
+      for (int64_t k = 0; k < size; ++k) sum += row[group * size + k];
+      rows.group_sum[r * groups + group] = sum;
     }
   }
 }
