@@ -215,7 +215,14 @@ def against(
             if way.kind != PEER:
                 raise
             print(f"{way.name} is left out of {case.name}: {refused}", file=sys.stderr)
-    return Setup(contenders, [exact], [floor])
+    return Setup(contenders, [exact], [floor], reading=reading(floor.bytes) if cold else None)
+
+
+def reading(bytes: int) -> Contender:
+    """Return what reads so many bytes from memory."""
+    copies = 1 + int(2 * cache_bytes() / bytes)
+    turns = itertools.cycle([torch.ones(bytes // 4) for _ in range(copies)])
+    return Contender("reading", lambda: (next(turns).sum(),), 0.0)
 
 
 def cost(case: cases.LinearCase, bytes: float, cold: bool = False, unit: str = "int8") -> Cost:

@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -69,6 +69,9 @@ class Setup:
     """A job ready to run: who does it, the results in float64, and what its parts must cost.
 
     It runs on ``device``, with nothing in its cache if ``cold``.
+
+    ``reading`` reads the bytes of the costs and no more. It takes turns with the contenders, and is
+    the floor of cold costs then: what memory gives a shared machine may halve within a minute.
     """
 
     contenders: list[Contender]
@@ -76,6 +79,12 @@ class Setup:
     costs: Sequence[Cost] = ()
     device: Device = CPU
     cold: bool = False
+    reading: Contender | None = None
+
+    @property
+    def timed(self) -> list[Contender]:
+        """All that take turns."""
+        return [*self.contenders, *([self.reading] if self.reading else [])]
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def measure(
     def estimated(run: Callable[[], object]) -> float:
         return setup.device.sample(run, 1, setup.cold) / 1e3
 
-    for contender in setup.contenders:
+    for contender in setup.timed:
         estimate = estimated(contender.run)
         if estimate < 0.1:  # the first call after the check may still be a slow one
             estimate = min(estimate, *(estimated(contender.run) for _ in range(2)))
@@ -208,7 +217,7 @@ def measure(
         calls[contender.name] = min(most, max(1, round(SAMPLE_SECONDS / estimate)))
         a_round += calls[contender.name] * estimate
     rounds = min(rounds, max(FEWEST_ROUNDS, int(seconds / max(a_round, 1e-9))))
-    samples = interleave(setup.contenders, rounds, calls, tick, setup.device, setup.cold)
+    samples = interleave(setup.timed, rounds, calls, tick, setup.device, setup.cold)
     return errors, samples
 
 
@@ -222,6 +231,9 @@ def rows(
     """Return the record of a job: medians, quartiles, ratios to the fastest rival."""
     medians = {name: statistics.median(times) for name, times in samples.items()}
     rival = min((medians[c.name] for c in setup.contenders if c.kind != OURS), default=math.nan)
+    if setup.reading:
+        read = sum(cost.bytes for cost in setup.costs) / medians[setup.reading.name] / 1e6
+        machine = replace(machine, read_gb_s=read)
     floor = machine.floor_ms(setup.costs)
     result: list[Row] = []
     for contender in setup.contenders:

@@ -127,6 +127,17 @@ def test_median_quartiles_ratio_and_floor(rows):
     assert [row["floor_pct"] for row in (slow, fast, ours)] == [12.5, 25.0, 50.0]
 
 
+def test_floor_of_a_cold_job_is_what_reading_takes_beside_it():
+    cost = Cost(bytes=4_000_000, cold=True)
+    setup = Setup([contender("a")], EXACT, [cost], reading=contender("reading"))
+    job = Job("op", "case", lambda: setup)
+    errors, samples = harness.measure(setup, rounds=5, seconds=60.0)
+    assert len(samples["reading"]) == len(samples["a"]) == 5
+    samples = {"a": [2.0] * 5, "reading": [1.0] * 5}
+    (row,) = harness.rows(job, setup, errors, samples, MACHINE)
+    assert (row["contender"], row["floor_pct"], row["read_gb_s"]) == ("a", 50.0, 4.0)
+
+
 @pytest.mark.parametrize(
     ("cost", "milliseconds"),
     [
