@@ -83,7 +83,7 @@ __attribute__((noinline)) void tile(const TileArgs& t) {
 
 #elif defined(__AVX2__)
 
-// Without VNNI: |a| * (b with the sign of a), summed in pairs to int16. Both sides lie within 127,
+// Without VNNI: |x| * (y with the sign of x), summed in pairs to int16. Both sides lie within 127,
 // and 2 * 127 * 127 = 32258 fits: exact, where unsigned times signed bytes would saturate.
 constexpr int8_t kFlip = 0;
 
@@ -97,20 +97,18 @@ inline Bytes zero() { return _mm512_setzero_si512(); }
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_sums(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
 
-struct Left {
-  explicit Left(int32_t quad) {
-    const __m512i a = _mm512_set1_epi32(quad);
-    magnitude = _mm512_abs_epi8(a);
-    negative = _mm512_movepi8_mask(a);
-  }
-  Bytes dot(Bytes sum, Bytes b) const {
-    b = _mm512_mask_sub_epi8(b, negative, _mm512_setzero_si512(), b);
-    const __m512i pairs = _mm512_maddubs_epi16(magnitude, b);
+struct Signed {
+  Signed() = default;
+  explicit Signed(Bytes x) : magnitude(_mm512_abs_epi8(x)), negative(_mm512_movepi8_mask(x)) {}
+  Bytes add_dot(Bytes sum, Bytes y) const {
+    y = _mm512_mask_sub_epi8(y, negative, _mm512_setzero_si512(), y);
+    const __m512i pairs = _mm512_maddubs_epi16(magnitude, y);
     return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
-  __m512i magnitude;
+  Bytes magnitude;
   __mmask64 negative;
 };
+inline Bytes set_quads(int32_t quad) { return _mm512_set1_epi32(quad); }
 
 #else
 
@@ -122,20 +120,24 @@ inline Bytes zero() { return _mm256_setzero_si256(); }
 inline Bytes load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline void store_sums(void* p, Bytes v) { _mm256_storeu_si256((__m256i*)p, v); }
 
-struct Left {
-  explicit Left(int32_t quad) : a(_mm256_set1_epi32(quad)), magnitude(_mm256_abs_epi8(a)) {}
-  Bytes dot(Bytes sum, Bytes b) const {
-    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(b, a));
+struct Signed {
+  Signed() = default;
+  explicit Signed(Bytes x) : x(x), magnitude(_mm256_abs_epi8(x)) {}
+  Bytes add_dot(Bytes sum, Bytes y) const {
+    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(y, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  __m256i a, magnitude;
+  Bytes x, magnitude;
 };
+inline Bytes set_quads(int32_t quad) { return _mm256_set1_epi32(quad); }
 
 #endif
 
 template <int R, int P>
 __attribute__((noinline)) void tile(const TileArgs& t) {
   constexpr int kVectors = P * kHalves;
+  // The side of fewer registers is taken apart.
+  constexpr bool kSplitA = R < kVectors;
   Bytes acc[R][kVectors];
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -145,12 +147,19 @@ __attribute__((noinline)) void tile(const TileArgs& t) {
   }
   for (int64_t k = 0; k < t.quads; ++k) {
     Bytes b[kVectors];
+    Signed split_b[kVectors];
     UNROLL for (int v = 0; v < kVectors; ++v) {
       b[v] = load_bytes(t.b + v / kHalves * t.panel_stride + k * 64 + v % kHalves * sizeof(Bytes));
+      if constexpr (!kSplitA) split_b[v] = Signed(b[v]);
     }
     UNROLL for (int r = 0; r < R; ++r) {
-      const Left left(load_quad(t.a + r * t.a_stride + k * kQuad));
-      UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = left.dot(acc[r][v], b[v]);
+      const Bytes a = set_quads(load_quad(t.a + r * t.a_stride + k * kQuad));
+      if constexpr (kSplitA) {
+        const Signed split(a);
+        UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = split.add_dot(acc[r][v], b[v]);
+      } else {
+        UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = split_b[v].add_dot(acc[r][v], a);
+      }
     }
   }
   UNROLL for (int r = 0; r < R; ++r) {
