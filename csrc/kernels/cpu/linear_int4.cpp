@@ -1,6 +1,6 @@
 // The int4 linear layer. A tile of rows and panels keeps the integer sums of one group in
-// registers; at the end of the group they join the float sums of the tile. Integers are exact and
-// groups come in order, so neither tile nor unrolling shows in the result.
+// registers; at the end of the group they join the float sums of the tile, kept there too. Integers
+// are exact and groups come in order, so neither tile nor unrolling shows in the result.
 #include "kernels/linear_int4.h"
 
 #include "kernels/cpu/linear_epilogue.h"
@@ -20,40 +20,62 @@ struct TileArgs {
   const BFloat16* scale;
   const uint8_t* zero;
   int64_t groups;
-  int64_t octets;  // of a group
+  int64_t octets;    // of a group
+  int64_t distance;  // panels from each of the tile's to the next
 
-  int64_t panel_stride() const { return groups * octets * 64; }
+  int64_t panel_stride() const { return distance * groups * octets * 64; }
+  // Of scales and zeros: register v of the tile's columns, in a group.
+  int64_t at(int64_t group, int v) const {
+    return (v / kHalves * distance * groups + group) * kPanelColumns + v % kHalves * kLanesF;
+  }
 };
 
 // What becomes of the sums of a group: either they join the float sums of the tile, or they are all
-// that is asked for.
+// that is asked for. A tile of R rows and V registers of columns makes itself a Tile<R, V>.
 struct Totals {
   float* total;  // [rows][stride]
   int64_t stride;
-  void add(const TileArgs& t, int64_t group, int r, int v, VecI32 sum) const {
-    const BFloat16* scale = t.scale + (v / kHalves * t.groups + group) * kPanelColumns;
-    float* to = total + r * stride + v * kLanesF;
-    const VecF value = __builtin_convertvector(sum, VecF);
-    store(to, fma(value, load(scale + v % kHalves * kLanesF), load(to)));
-  }
+
+  template <int R, int V>
+  struct Tile {
+    explicit Tile(const Totals& of) : to(of) {}
+    void add(const TileArgs& t, int64_t group, int r, int v, VecI32 sum) {
+      const VecF value = __builtin_convertvector(sum, VecF);
+      total[r][v] = fma(value, load(t.scale + t.at(group, v)), total[r][v]);
+    }
+    void finish() const {
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) store(to.total + r * to.stride + v * kLanesF, total[r][v]);
+      }
+    }
+    const Totals& to;
+    VecF total[R][V] = {};
+  };
 };
 
 struct GroupSums {
   int32_t* sums;  // [rows][groups][stride]
   int64_t stride;
   int64_t columns;
-  void add(const TileArgs& t, int64_t group, int r, int v, VecI32 sum) const {
-    int32_t* to = sums + (r * t.groups + group) * stride + v * kLanesF;
-    const int64_t left = columns - v * kLanesF;
-    if (left > 0) memcpy(to, &sum, (size_t)(left < kLanesF ? left * 4 : (int64_t)sizeof sum));
-  }
+
+  template <int R, int V>
+  struct Tile {
+    explicit Tile(const GroupSums& of) : to(of) {}
+    void add(const TileArgs& t, int64_t group, int r, int v, VecI32 sum) const {
+      const int64_t column = v / kHalves * t.distance * kPanelColumns + v % kHalves * kLanesF;
+      const int64_t left = to.columns - column;
+      int32_t* at = to.sums + (r * t.groups + group) * to.stride + column;
+      if (left > 0) memcpy(at, &sum, (size_t)(left < kLanesF ? left * 4 : (int64_t)sizeof sum));
+    }
+    void finish() const {}
+    const GroupSums& to;
+  };
 };
 
 // -zero * (sum of the activations): where the sums of a group start.
 inline VecI32 start(const TileArgs& t, int64_t group, int r, int v) {
-  const uint8_t* zero = t.zero + (v / kHalves * t.groups + group) * kPanelColumns;
   VecU8 bytes;
-  memcpy(&bytes, zero + v % kHalves * kLanesF, sizeof bytes);
+  memcpy(&bytes, t.zero + t.at(group, v), sizeof bytes);
   return (VecI32)widen(bytes) * -t.group_sum[r * t.groups + group];
 }
 
@@ -67,23 +89,27 @@ constexpr int kRows = 4;
 constexpr int kPanels = 2;
 constexpr int8_t kFlip = -128;  // how the rows' quantizer stores a byte
 
-// Bytes of a panel to ask for ahead of their use. The hardware stops at the end of a page.
+// Bytes of all panels of a tile to ask for ahead of their use: with so much to compute between two
+// loads the processor does not look far enough by itself.
 constexpr int64_t kAhead = 8192;
+constexpr int64_t kGroupsAhead = 16;  // the same of scales and zeros
 
 template <int R, int P, class Sink>
 __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
   // Few rows leave the multiplier waiting on its own result; more sums in flight hide that.
   constexpr int U = R * P <= 2 ? 2 : 1;
   const __m512i low_mask = _mm512_set1_epi8(0x0f), high_mask = _mm512_set1_epi8((char)0xf0);
-  const int64_t panel_stride = t.panel_stride();
+  const int64_t panel_stride = t.panel_stride(), octets = t.octets, groups = t.groups;
   const uint8_t* b = t.b;
   const int8_t* a = t.a;
-  for (int64_t group = 0; group < t.groups; ++group) {
-    const bool is_near = (group + 1) * t.octets * 64 + kAhead <= panel_stride;
-    const uint8_t* ahead = b + kAhead + (is_near ? 0 : (P - 1) * panel_stride);
-    const int64_t groups_ahead = kAhead / 64 / t.octets;
+  typename Sink::template Tile<R, P> sums(sink);
+  // What comes behind a panel is the next to be read, unless it is the one beside it in the tile.
+  const int64_t skip = t.distance == 1 ? (P - 1) * panel_stride : 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    const bool is_near = (group + 1) * octets * 64 + kAhead / P <= panel_stride;
+    const int64_t ahead = kAhead / P + (is_near ? 0 : skip);
     UNROLL for (int p = 0; p < P; ++p) {
-      const int64_t at = (p * t.groups + group + groups_ahead) * kPanelColumns;
+      const int64_t at = t.at(group + kGroupsAhead / P, p);
       __builtin_prefetch(t.scale + at);
       __builtin_prefetch(t.zero + at);
     }
@@ -104,7 +130,7 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
       UNROLL for (int p = 0; p < P; ++p) {
         __m512i bytes = _mm512_loadu_si512(b + p * panel_stride);
         __asm__("" : "+v"(bytes));  // else it is loaded twice, once for each mask
-        __builtin_prefetch(ahead + p * panel_stride);
+        __builtin_prefetch(b + p * panel_stride + ahead);
         l[p] = _mm512_and_si512(bytes, low_mask);
         h[p] = _mm512_and_si512(bytes, high_mask);
       }
@@ -120,13 +146,12 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
       }
       b += 64;
       a += kOctet;
-      ahead += 64;
     };
     int64_t octet = 0;
-    for (; octet + U <= t.octets; octet += U) {
+    for (; octet + U <= octets; octet += U) {
       UNROLL for (int u = 0; u < U; ++u) step(u);
     }
-    for (; octet < t.octets; ++octet) step(0);
+    for (; octet < octets; ++octet) step(0);
     UNROLL for (int r = 0; r < R; ++r) {
       UNROLL for (int p = 0; p < P; ++p) {
         UNROLL for (int u = 1; u < U; ++u) {
@@ -134,10 +159,11 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
           high[0][r][p] = _mm512_add_epi32(high[0][r][p], high[u][r][p]);
         }
         const __m512i exact = _mm512_srai_epi32(high[0][r][p], 4);
-        sink.add(t, group, r, p, (VecI32)_mm512_add_epi32(low[0][r][p], exact));
+        sums.add(t, group, r, p, (VecI32)_mm512_add_epi32(low[0][r][p], exact));
       }
     }
   }
+  sums.finish();
 }
 
 #elif defined(__AVX2__)
@@ -175,6 +201,7 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
   const int64_t panel_stride = t.panel_stride();
   const uint8_t* b = t.b;
   const int8_t* a = t.a;
+  typename Sink::template Tile<R, V> sums(sink);
   for (int64_t group = 0; group < t.groups; ++group) {
     VecI32 sum[R][V];
     UNROLL for (int r = 0; r < R; ++r) {
@@ -202,9 +229,10 @@ __attribute__((noinline)) void tile(const TileArgs& t, const Sink& sink) {
       }
     }
     UNROLL for (int r = 0; r < R; ++r) {
-      UNROLL for (int v = 0; v < V; ++v) sink.add(t, group, r, v, sum[r][v]);
+      UNROLL for (int v = 0; v < V; ++v) sums.add(t, group, r, v, sum[r][v]);
     }
   }
+  sums.finish();
 }
 
 #else
@@ -215,6 +243,7 @@ constexpr int8_t kFlip = 0;
 
 template <int R, int P, class Sink>
 void tile(const TileArgs& t, const Sink& sink) {
+  typename Sink::template Tile<R, P * kHalves> sums(sink);
   for (int r = 0; r < R; ++r) {
     const uint8_t* b = t.b;
     const int8_t* a = t.a + r * t.a_stride;
@@ -228,10 +257,11 @@ void tile(const TileArgs& t, const Sink& sink) {
       for (int v = 0; v < kHalves; ++v) {
         VecI32 part;
         memcpy(&part, sum + v * kLanesF, sizeof part);
-        sink.add(t, group, r, v, part + start(t, group, r, v));
+        sums.add(t, group, r, v, part + start(t, group, r, v));
       }
     }
   }
+  sums.finish();
 }
 
 #endif
@@ -240,69 +270,90 @@ void tile(const TileArgs& t, const Sink& sink) {
 
 // The tile compiled for exactly this many rows and panels.
 template <int R, int P, class Sink>
-inline void any_tile(int64_t rows, int64_t panels, const TileArgs& args, const Sink& sink) {
+inline void tile_of_rows(int64_t panels, const TileArgs& args, const Sink& sink) {
   if constexpr (P > 1) {
-    if (panels < P) return any_tile<R, P - 1>(rows, panels, args, sink);
-  }
-  if constexpr (R > 1) {
-    if (rows < R) return any_tile<R - 1, P>(rows, panels, args, sink);
+    if (panels < P) return tile_of_rows<R, P - 1>(panels, args, sink);
   }
   tile<R, P>(args, sink);
 }
+template <int R = kRows, class Sink>
+inline void any_tile(int64_t rows, int64_t panels, const TileArgs& args, const Sink& sink) {
+  if constexpr (R > 1) {
+    if (rows < R) return any_tile<R - 1>(rows, panels, args, sink);
+  }
+  tile_of_rows<R, kPanels>(panels, args, sink);
+}
 
-// f(row, rows, column, columns, tile) for all tiles, where tile(sink) computes it. Panels outside,
-// rows inside: a group of panels stays in the second cache while all rows pass.
+struct TileRange {
+  int64_t row, rows;
+  int64_t panel, panels, distance;  // so many panels, so far from each other
+};
+
+// f(range, tile) for all tiles, where tile(sink) computes it.
 template <class F>
 void for_each_tile(const LinearInt4Block& block, const F& f) {
-  // A single row reads as fast as memory is: panel by panel, one stream.
-  const int64_t tile_columns = (block.rows == 1 ? 1 : kPanels) * kPanelColumns;
-  TileArgs args{.a = nullptr,
-                .a_stride = block.quantized_stride,
-                .group_sum = nullptr,
-                .b = block.panels,
-                .scale = block.weight_scale,
-                .zero = block.weight_zero,
-                .groups = block.groups,
-                .octets = block.group_size / kOctet};
-  for (int64_t column = 0; column < block.columns; column += tile_columns) {
-    const int64_t rest = block.columns - column;
-    const int64_t columns = rest < tile_columns ? rest : tile_columns;
-    const int64_t panels = (columns + kPanelColumns - 1) / kPanelColumns;
+  const int64_t panels = (block.columns + kPanelColumns - 1) / kPanelColumns;
+  const int64_t octets = block.group_size / kOctet;
+  const auto rows_of = [&](int64_t panel, int64_t count, int64_t distance) {
+    const int64_t first = panel * block.groups;
     for (int64_t row = 0; row < block.rows; row += kRows) {
-      const int64_t rows = block.rows - row < kRows ? block.rows - row : kRows;
-      args.a = block.quantized + row * block.quantized_stride;
-      args.group_sum = block.group_sum + row * block.groups;
-      f(row, rows, column, columns,
-        [&](const auto& sink) { any_tile<kRows, kPanels>(rows, panels, args, sink); });
+      const int64_t rest = block.rows - row, rows = rest < kRows ? rest : kRows;
+      const TileArgs args{.a = block.quantized + row * block.quantized_stride,
+                          .a_stride = block.quantized_stride,
+                          .group_sum = block.group_sum + row * block.groups,
+                          .b = block.panels + first * octets * 64,
+                          .scale = block.weight_scale + first * kPanelColumns,
+                          .zero = block.weight_zero + first * kPanelColumns,
+                          .groups = block.groups,
+                          .octets = octets,
+                          .distance = distance};
+      f(TileRange{row, rows, panel, count, distance},
+        [&](const auto& sink) { any_tile(rows, count, args, sink); });
     }
-    args.b += panels * args.panel_stride();
-    args.scale += panels * block.groups * kPanelColumns;
-    args.zero += panels * block.groups * kPanelColumns;
+  };
+  // A single row reads as fast as memory is, panel by panel; more use each broadcast activation for
+  // two. While rows are few the weight comes from memory, fastest in streams that go on from tile
+  // to tile. Else panels outside, rows inside: some panels stay in the second cache while all rows
+  // pass.
+  const int64_t width = block.rows == 1 ? 1 : kPanels;
+  const int64_t stream = block.rows <= 2 * kRows ? panels / width : 0;
+  for (int64_t panel = 0; panel < stream; ++panel) rows_of(panel, width, stream);
+  for (int64_t panel = stream * width; panel < panels; panel += width) {
+    rows_of(panel, panels - panel < width ? panels - panel : width, 1);
   }
 }
 
 template <class T>
 void multiply(const LinearInt4Block& block) {
   constexpr int64_t kTileColumns = kPanels * kPanelColumns;
-  for_each_tile(block,
-                [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const auto& run) {
-                  alignas(64) float total[kRows * kTileColumns] = {};
-                  const LinearTile<float> tile{.sum = total,
-                                               .stride = kTileColumns,
-                                               .row = row,
-                                               .rows = rows,
-                                               .column = column,
-                                               .columns = columns};
-                  fetch_residual<T, float>(block.epilogue, tile);
-                  run(Totals{.total = total, .stride = kTileColumns});
-                  finish<T, float>(block.epilogue, tile);
-                });
+  alignas(64) float total[kRows * kTileColumns];
+  for_each_tile(block, [&](const TileRange& range, const auto& run) {
+    // Panels beside each other are one tile of the epilogue, others one each.
+    const auto each_tile = [&](auto use) {
+      const int64_t adjacent = range.distance == 1 ? range.panels : 1;
+      for (int64_t p = 0; p < range.panels; p += adjacent) {
+        const int64_t column = (range.panel + p * range.distance) * kPanelColumns;
+        const int64_t rest = block.columns - column, columns = adjacent * kPanelColumns;
+        use(block.epilogue, LinearTile<float>{.sum = total + p * kPanelColumns,
+                                              .stride = kTileColumns,
+                                              .row = range.row,
+                                              .rows = range.rows,
+                                              .column = column,
+                                              .columns = rest < columns ? rest : columns});
+      }
+    };
+    each_tile(fetch_residual<T, float>);
+    run(Totals{.total = total, .stride = kTileColumns});
+    each_tile([](const auto& to, const auto& tile) { finish<T, float>(to, tile); });
+  });
 }
 
 void accumulate(const LinearInt4Block& block, int32_t* sums, int64_t stride) {
-  for_each_tile(block, [&](int64_t row, int64_t, int64_t column, int64_t columns, const auto& run) {
-    run(GroupSums{
-        .sums = sums + row * block.groups * stride + column, .stride = stride, .columns = columns});
+  for_each_tile(block, [&](const TileRange& range, const auto& run) {
+    const int64_t column = range.panel * kPanelColumns;
+    run(GroupSums{.sums = sums + range.row * block.groups * stride + column,
+                  .stride = stride,
+                  .columns = block.columns - column});
   });
 }
 

@@ -1,13 +1,13 @@
 """The linear layer with an int4 weight."""
 
 # No postponed annotations here: TorchScript evaluates those of the buffers.
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from torchweld.nn.integer_linear import IntegerLinear
+from torchweld.nn.integer_linear import IntegerLinear, infer
 from torchweld.nn.quantized_linear import fake_quantized
 from torchweld.ops.quantized_linear_int4 import (
     dequantize_weight_int4,
@@ -151,6 +151,10 @@ class Int4Linear(IntegerLinear):
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         """Apply the layer to ``[..., in_features]`` and add ``residual``."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            inferred = self._infer(input, residual)
+            if inferred is not None:
+                return inferred
         output: Tensor = torch.ops.torchweld.quantized_linear_int4(
             input,
             self.packed_weight,
@@ -163,6 +167,22 @@ class Int4Linear(IntegerLinear):
             self.activation,
         )
         return output
+
+    @torch.jit.unused
+    def _infer(self, input: Tensor, residual: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP045
+        buffers: Any = self._buffers  # the module's own look-up takes long
+        return infer(
+            torch.ops.torchweld.quantized_linear_int4.default,
+            input,
+            buffers["packed_weight"],
+            buffers["packed_scale"],
+            buffers["packed_zero"],
+            self.bias,
+            residual,
+            self.in_features,
+            self.out_features,
+            self.activation,
+        )
 
     def extra_repr(self) -> str:
         """Sizes and activation, as ``print(module)`` shows them."""

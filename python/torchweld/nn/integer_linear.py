@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from typing_extensions import Self
 
 from torchweld.ops.quantized_linear import ACTIVATIONS, place_packed
@@ -217,6 +218,25 @@ class IntegerLinear(nn.Module):
                 setattr(self, name, tensor)
             else:
                 getattr(self, name).copy_(tensor)
+
+
+def infer(op: Callable[..., Tensor], *args: Any) -> Tensor | None:
+    """Call an operator past autograd, which by way of Python takes as long as a small product.
+
+    Returns:
+        What the operator does; None, and nothing is called, if somebody could want a gradient of
+        this call or a record of it.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def float_layer(weight: Tensor, bias: Tensor | None, activation: str) -> nn.Linear | nn.Sequential:

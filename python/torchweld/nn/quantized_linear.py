@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from torchweld.nn.integer_linear import IntegerLinear
+from torchweld.nn.integer_linear import IntegerLinear, infer
 from torchweld.ops.quantized_linear import (
     MAX_IN_FEATURES,
     QUAD,
@@ -220,6 +220,10 @@ class QuantizedLinear(_Int8Linear):
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         """Apply the layer to ``[..., in_features]`` and add ``residual``."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            inferred = self._infer(input, residual)
+            if inferred is not None:
+                return inferred
         output: Tensor = torch.ops.torchweld.quantized_linear(
             input,
             self.packed_weight,
@@ -232,6 +236,22 @@ class QuantizedLinear(_Int8Linear):
             self.input_group_size,
         )
         return output
+
+    @torch.jit.unused
+    def _infer(self, input: Tensor, residual: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP045
+        buffers: Any = self._buffers  # the module's own look-up takes long
+        return infer(
+            torch.ops.torchweld.quantized_linear.default,
+            input,
+            buffers["packed_weight"],
+            buffers["weight_scale"],
+            buffers["weight_sum"],
+            self.bias,
+            residual,
+            self.in_features,
+            self.activation,
+            self.input_group_size,
+        )
 
     def extra_repr(self) -> str:
         """Sizes and activation, as ``print(module)`` shows them."""
@@ -284,6 +304,10 @@ class WeightOnlyLinear(_Int8Linear):
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         """Apply the layer to ``[..., in_features]`` and add ``residual``."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            inferred = self._infer(input, residual)
+            if inferred is not None:
+                return inferred
         output: Tensor = torch.ops.torchweld.weight_only_linear(
             input,
             self.packed_weight,
@@ -294,6 +318,20 @@ class WeightOnlyLinear(_Int8Linear):
             self.activation,
         )
         return output
+
+    @torch.jit.unused
+    def _infer(self, input: Tensor, residual: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP045
+        buffers: Any = self._buffers  # the module's own look-up takes long
+        return infer(
+            torch.ops.torchweld.weight_only_linear.default,
+            input,
+            buffers["packed_weight"],
+            buffers["weight_scale"],
+            self.bias,
+            residual,
+            self.in_features,
+            self.activation,
+        )
 
 
 def fake_quantized(input: Tensor, group_size: int) -> Tensor:
