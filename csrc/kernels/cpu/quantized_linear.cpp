@@ -3,11 +3,11 @@
 // int32 matrix in memory. Sums are exact integers, so neither tile nor unrolling shows in the
 // result.
 //
-// What bounds it beside the multipliers (of 128 products a cycle): eight rows use a cache line of the
-// weight up in 4 cycles, five in 2.5, so weights beyond the second cache must come at 16 and 26
-// bytes a cycle. A third cache that gives 18 lets eight rows near the peak and holds five at 70 % of
-// it; memory, at 9, holds eight at 60 %. GELU by its polynomial takes the same units for 20
-// operations where the sums of K products take K / 4: a tenth at K = 768, 4 % at 2048.
+// What bounds it beside the multipliers (of 128 products a cycle): eight rows use a cache line of
+// the weight up in 4 cycles, five in 2.5, so weights beyond the second cache must come at 16 and 26
+// bytes a cycle. A third cache that gives 18 lets eight rows near the peak and holds five at 70 %
+// of it; memory, at 9, holds eight at 60 %. GELU by its polynomial takes the same units for 20
+// operations where the sums of K products take K / 4: at least a tenth at K = 768, 4 % at 2048.
 #include "kernels/quantized_linear.h"
 
 #include "kernels/cpu/int8_tile.h"
