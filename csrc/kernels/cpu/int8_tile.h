@@ -39,11 +39,14 @@ __attribute__((noinline)) void tile(const TileArgs& t) {
   // Few rows leave the multiplier waiting on its own result; more sums in flight hide that.
   constexpr int U = R == 1 ? 4 : R == 2 ? 2 : 1;
   __m512i acc[U][R][P];
-  UNROLL for (int u = 0; u < U; ++u) {
-    UNROLL for (int r = 0; r < R; ++r) {
-      UNROLL for (int p = 0; p < P; ++p) {
-        acc[u][r][p] = _mm512_setzero_si512();
-        // Hides from GCC 12 that this is zero: it would spill the sums (35 % of peak, not 95 %).
+  UNROLL for (int p = 0; p < P; ++p) {
+    VecU32 offset;  // unsigned: 128 times a sum may wrap
+    memcpy(&offset, t.weight_sum + p * t.weight_sum_stride, sizeof offset);
+    offset *= -128u;
+    UNROLL for (int u = 0; u < U; ++u) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        acc[u][r][p] = u == 0 ? (__m512i)offset : _mm512_setzero_si512();
+        // Hides from GCC 12 that this is known: it would spill the sums (35 % of peak, not 95 %).
         __asm__("" : "+v"(acc[u][r][p]));
       }
     }
@@ -68,21 +71,19 @@ __attribute__((noinline)) void tile(const TileArgs& t) {
     UNROLL for (int u = 0; u < U; ++u) step(k + u, acc[u]);
   }
   for (; k < t.quads; ++k) step(k, acc[0]);
-  UNROLL for (int p = 0; p < P; ++p) {
-    VecU32 sums;  // unsigned: 128 times a sum may wrap
-    memcpy(&sums, t.weight_sum + p * t.weight_sum_stride, sizeof sums);
-    const __m512i offset = (__m512i)(sums * 128);
-    UNROLL for (int r = 0; r < R; ++r) {
+  int32_t* c = t.c;
+  UNROLL for (int r = 0; r < R; ++r) {
+    UNROLL for (int p = 0; p < P; ++p, c += kPanelColumns) {
       __m512i sum = acc[0][r][p];
       UNROLL for (int u = 1; u < U; ++u) sum = _mm512_add_epi32(sum, acc[u][r][p]);
-      _mm512_storeu_si512(t.c + (r * P + p) * kPanelColumns, _mm512_sub_epi32(sum, offset));
+      _mm512_storeu_si512(c, sum);
     }
   }
 }
 
 #elif defined(__AVX2__)
 
-// Without VNNI: |a| * (b with the sign of a), summed in pairs to int16. Both sides lie within 127,
+// Without VNNI: |x| * (y with the sign of x), summed in pairs to int16. Both sides lie within 127,
 // and 2 * 127 * 127 = 32258 fits: exact, where unsigned times signed bytes would saturate.
 constexpr int8_t kFlip = 0;
 
@@ -96,20 +97,18 @@ inline Bytes zero() { return _mm512_setzero_si512(); }
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_sums(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
 
-struct Left {
-  explicit Left(int32_t quad) {
-    const __m512i a = _mm512_set1_epi32(quad);
-    magnitude = _mm512_abs_epi8(a);
-    negative = _mm512_movepi8_mask(a);
-  }
-  Bytes dot(Bytes sum, Bytes b) const {
-    b = _mm512_mask_sub_epi8(b, negative, _mm512_setzero_si512(), b);
-    const __m512i pairs = _mm512_maddubs_epi16(magnitude, b);
+struct Signed {
+  Signed() = default;
+  explicit Signed(Bytes x) : magnitude(_mm512_abs_epi8(x)), negative(_mm512_movepi8_mask(x)) {}
+  Bytes add_dot(Bytes sum, Bytes y) const {
+    y = _mm512_mask_sub_epi8(y, negative, _mm512_setzero_si512(), y);
+    const __m512i pairs = _mm512_maddubs_epi16(magnitude, y);
     return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
-  __m512i magnitude;
+  Bytes magnitude;
   __mmask64 negative;
 };
+inline Bytes set_quads(int32_t quad) { return _mm512_set1_epi32(quad); }
 
 #else
 
@@ -121,20 +120,24 @@ inline Bytes zero() { return _mm256_setzero_si256(); }
 inline Bytes load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline void store_sums(void* p, Bytes v) { _mm256_storeu_si256((__m256i*)p, v); }
 
-struct Left {
-  explicit Left(int32_t quad) : a(_mm256_set1_epi32(quad)), magnitude(_mm256_abs_epi8(a)) {}
-  Bytes dot(Bytes sum, Bytes b) const {
-    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(b, a));
+struct Signed {
+  Signed() = default;
+  explicit Signed(Bytes x) : x(x), magnitude(_mm256_abs_epi8(x)) {}
+  Bytes add_dot(Bytes sum, Bytes y) const {
+    const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(y, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  __m256i a, magnitude;
+  Bytes x, magnitude;
 };
+inline Bytes set_quads(int32_t quad) { return _mm256_set1_epi32(quad); }
 
 #endif
 
 template <int R, int P>
 __attribute__((noinline)) void tile(const TileArgs& t) {
   constexpr int kVectors = P * kHalves;
+  // The side of fewer registers is taken apart.
+  constexpr bool kSplitA = R < kVectors;
   Bytes acc[R][kVectors];
   UNROLL for (int r = 0; r < R; ++r) {
     UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -144,12 +147,19 @@ __attribute__((noinline)) void tile(const TileArgs& t) {
   }
   for (int64_t k = 0; k < t.quads; ++k) {
     Bytes b[kVectors];
+    Signed split_b[kVectors];
     UNROLL for (int v = 0; v < kVectors; ++v) {
       b[v] = load_bytes(t.b + v / kHalves * t.panel_stride + k * 64 + v % kHalves * sizeof(Bytes));
+      if constexpr (!kSplitA) split_b[v] = Signed(b[v]);
     }
     UNROLL for (int r = 0; r < R; ++r) {
-      const Left left(load_quad(t.a + r * t.a_stride + k * kQuad));
-      UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = left.dot(acc[r][v], b[v]);
+      const Bytes a = set_quads(load_quad(t.a + r * t.a_stride + k * kQuad));
+      if constexpr (kSplitA) {
+        const Signed split(a);
+        UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = split.add_dot(acc[r][v], b[v]);
+      } else {
+        UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = split_b[v].add_dot(acc[r][v], a);
+      }
     }
   }
   UNROLL for (int r = 0; r < R; ++r) {

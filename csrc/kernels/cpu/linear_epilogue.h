@@ -45,39 +45,51 @@ inline VecF activate(VecF x) {
   return x;
 }
 
+// Columns outside, rows inside: what belongs to a column is loaded once, and a register takes ten
+// instructions, few enough for the next tile's product to begin beside the last of them.
 template <class T, LinearActivation A, class Sum>
 void finish(const LinearEpilogue& to, const LinearTile<Sum>& tile) {
-  const VecF one = broadcast<VecF>(1.0f);
-  T* output = static_cast<T*>(to.output) + tile.row * to.output_stride;
-  int64_t residual = tile.row * to.residual_stride;
-  for (int64_t r = 0; r < tile.rows;
-       ++r, output += to.output_stride, residual += to.residual_stride) {
-    const VecF input_scale = to.input_scale ? broadcast<VecF>(to.input_scale[tile.row + r]) : one;
-    // The registers of columns [n, n + count), of which load and store know how many there are.
-    const auto columns = [&](int64_t n, auto load_some,
-                             auto store_some) __attribute__((always_inline)) {
-      const VecF x = load_sums(tile.sum + r * tile.stride + (n - tile.column)) * input_scale;
-      const VecF scale = to.weight_scale ? load_some(to.weight_scale + n) : one;
-      const VecF bias = to.bias ? load_some(to.bias + n) : VecF{};
-      VecF y = activate<A>(fma(x, scale, bias));
-      if (to.residual_is_float) {
-        y = y + load_some(static_cast<const float*>(to.residual) + residual + n);
-      } else if (to.residual) {
-        y = y + load_some(static_cast<const T*>(to.residual) + residual + n);
+  static constexpr float kOne = 1.0f;
+  const float* const input_scale = to.input_scale ? to.input_scale + tile.row : &kOne;
+  const int64_t input_scale_step = to.input_scale ? 1 : 0;
+  // Copies: the compiler cannot know that nothing written below is one of these.
+  const int64_t rows = tile.rows, stride = tile.stride, output_stride = to.output_stride;
+  const int64_t residual_element = to.residual_is_float ? sizeof(float) : sizeof(T);
+  const int64_t residual_step = to.residual_stride * residual_element;
+  const bool residual_is_float = to.residual_is_float;
+  // The register of columns from n on, of which load and store know how many there are.
+  const auto column = [&](int64_t n, auto load_some,
+                          auto store_some) __attribute__((always_inline)) {
+    const VecF scale = to.weight_scale ? load_some(to.weight_scale + n) : broadcast<VecF>(1.0f);
+    const VecF bias = to.bias ? load_some(to.bias + n) : VecF{};
+    const Sum* sum = tile.sum + (n - tile.column);
+    const float* row_scale = input_scale;
+    T* output = static_cast<T*>(to.output) + tile.row * output_stride + n;
+    const char* residual = static_cast<const char*>(to.residual);
+    if (residual) residual += tile.row * residual_step + n * residual_element;
+    for (int64_t r = 0; r < rows; ++r) {
+      VecF y = activate<A>(fma(load_sums(sum) * *row_scale, scale, bias));
+      if (residual) {
+        y = y +
+            (residual_is_float ? load_some((const float*)residual) : load_some((const T*)residual));
+        residual += residual_step;
       }
-      store_some(output + n, y);
-    };
-    int64_t n = tile.column;
-    const int64_t end = tile.column + tile.columns;
-    for (; n + kLanesF <= end; n += kLanesF) {
-      columns(n, [](const auto* p) { return load(p); }, [](T* p, VecF y) { store(p, y); });
+      store_some(output, y);
+      sum += stride;
+      row_scale += input_scale_step;
+      output += output_stride;
     }
-    if (n < end) {
-      const int64_t count = end - n;
-      columns(
-          n, [&](const auto* p) { return load_partial(p, count); },
-          [&](T* p, VecF y) { store_partial(p, y, count); });
-    }
+  };
+  int64_t n = tile.column;
+  const int64_t end = tile.column + tile.columns;
+  for (; n + kLanesF <= end; n += kLanesF) {
+    column(n, [](const auto* p) { return load(p); }, [](T* p, VecF y) { store(p, y); });
+  }
+  if (n < end) {
+    const int64_t count = end - n;
+    column(
+        n, [&](const auto* p) { return load_partial(p, count); },
+        [&](T* p, VecF y) { store_partial(p, y, count); });
   }
 }
 

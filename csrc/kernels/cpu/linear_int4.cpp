@@ -4,6 +4,7 @@
 #include "kernels/linear_int4.h"
 
 #include "kernels/cpu/linear_epilogue.h"
+#include "kernels/cpu/linear_int4_rows.h"
 
 namespace torchweld::kernels::TORCHWELD_ISA {
 namespace {
@@ -325,6 +326,9 @@ void for_each_tile(const LinearInt4Block& block, const F& f) {
 
 template <class T>
 void multiply(const LinearInt4Block& block) {
+#if defined(__AVX512VNNI__)
+  if (block.rows > kRows && block.group_size >= kTallGroup) return multiply_tall<T>(block);
+#endif
   constexpr int64_t kTileColumns = kPanels * kPanelColumns;
   alignas(64) float total[kRows * kTileColumns];
   for_each_tile(block, [&](const TileRange& range, const auto& run) {
