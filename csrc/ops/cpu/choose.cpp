@@ -84,7 +84,7 @@ const ConvolutionAlgorithm* choose_backward(const ConvolutionShape& shape, bool 
   // The first layer of a network: the rule was fitted where both gradients are asked for, and the
   // vendor's weight gradient of few channels takes up to 1.7 times ours.
   const auto dense = [&](const ConvolutionShape& s, int64_t threads, int64_t lanes) {
-    return (!input_grad && s.channels < 8) || rule::dense_backward(s, threads, lanes);
+    return s.channels < 8 || rule::dense_backward(s, threads, lanes);
   };
   return choose(
       shape,
