@@ -13,7 +13,7 @@ namespace torchweld::ops::dense {
 
 // Whether the gradient is to be spread, rather than gathered by a convolution.
 inline bool is_spread(const ConvolutionShape& shape) {
-  return shape.channels <= 8 && shape.kernel_height * shape.kernel_width > 1;
+  return shape.channels < 8 && shape.kernel_height * shape.kernel_width > 1;
 }
 
 // What one thread needs to spread the gradients of images. The rows of an image that blocks still
