@@ -10,7 +10,8 @@ using kernels::kPanelGroup;
 
 // The floats of a row of the ring are planes of as many pixels.
 int64_t plane_of(const ConvolutionShape& s) {
-  const int64_t reach = (s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width;
+  const int64_t reach =
+      (s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width;
   const int64_t width = std::max(s.padding_width + s.width, reach + 1);
   // What is added is whole registers.
   return divide_up(width, s.stride_width) + kPanelGroup;
