@@ -71,10 +71,14 @@ using PackKernel = void (*)(const float* weight, int64_t row, int64_t columns, i
 using AddUpKernel = void (*)(const float* parts, int64_t count, int64_t stride, int64_t size,
                              float* sums);
 
+// to[i] += from[0][i] + from[1][i] + ... of `count` rows, for i < size rounded up to kPanelGroup.
+using AddRowsKernel = void (*)(const float* const* from, int64_t count, int64_t size, float* to);
+
 struct GemmKernels {
   GemmKernel gemm;
   PackKernel pack;
   AddUpKernel add_up;
+  AddRowsKernel add_rows;
 };
 
 }  // namespace torchweld::kernels

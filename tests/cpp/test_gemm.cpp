@@ -174,6 +174,26 @@ void check_add_up(int64_t count, int64_t size) {
   }
 }
 
+// Rows of whole groups, and nothing behind them.
+void check_add_rows(int64_t count, int64_t size) {
+  const int64_t groups = (size + kPanelGroup - 1) / kPanelGroup * kPanelGroup;
+  const Buffer rows(count * groups, DType::float32, 7, true);
+  std::vector<const float*> from;
+  for (int64_t r = 0; r < count; ++r) from.push_back(rows.as<float>() + r * groups);
+  const Buffer expected(groups + 1, DType::float32, 8, true);
+  for (int64_t i = 0; i < groups; ++i) {
+    float sum = from[0][i];
+    for (int64_t r = 1; r < count; ++r) sum += from[r][i];
+    expected.as<float>()[i] += sum;
+  }
+  for (Capability capability : available_capabilities()) {
+    const Buffer to(groups + 1, DType::float32, 8, true);
+    table(capability).gemm->add_rows(from.data(), count, size, to.as<float>());
+    CHECK(to == expected, "%s: %ld rows of %ld", name(capability), static_cast<long>(count),
+          static_cast<long>(size));
+  }
+}
+
 // What a product fetches ahead is taken off, the last stretch first, and no more than there is.
 void check_ahead() {
   const Buffer a(64, DType::float32), b(64, DType::float32), c(64, DType::float32);
@@ -220,6 +240,9 @@ int main() {
     for (int64_t size : {1, 4, 15, 16, 17, 31, 33, 47, 63, 64, 65, 100, 127, 144, 200}) {
       check_add_up(count, size);
     }
+  }
+  for (int64_t count : {1, 2, 7}) {
+    for (int64_t size : {1, 16, 17, 48, 64}) check_add_rows(count, size);
   }
   for (int64_t columns : {1, 3, 15, 16, 17, 33, 48, 63, 64}) {
     for (int64_t depth : {1, 2, 7, 9, 16, 17, 40, 147}) check_pack(columns, depth);

@@ -284,9 +284,20 @@ void add_up(const float* parts, int64_t count, int64_t stride, int64_t size, flo
   if (i < size) add_up_registers<1>(parts + i, count, stride, sums + i, Part{size - i});
 }
 
+void add_rows(const float* const* from, int64_t count, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; i += kPanelGroup) {
+#pragma GCC unroll 4
+    for (int64_t k = i; k < i + kPanelGroup; k += kLanesF) {
+      VecF sum = load(from[0] + k);
+      for (int64_t r = 1; r < count; ++r) sum += load(from[r] + k);
+      store(to + k, load(to + k) + sum);
+    }
+  }
+}
+
 }  // namespace
 
 extern const GemmKernels gemm_kernels;
-const GemmKernels gemm_kernels{.gemm = gemm, .pack = pack, .add_up = add_up};
+const GemmKernels gemm_kernels{.gemm = gemm, .pack = pack, .add_up = add_up, .add_rows = add_rows};
 
 }  // namespace torchweld::kernels::TORCHWELD_ISA

@@ -2,8 +2,10 @@
 // chunk lie in scratch that stays in cache, and the input gradient is a dense forward over them.
 #include <cstring>
 #include <deque>
+#include <optional>
 
 #include "ops/cpu/conv_dense.h"
+#include "ops/cpu/conv_dense_spread.h"
 #include "ops/cpu/scratch.h"
 #include "ops/kernels.h"
 #include "ops/parallel.h"
@@ -190,17 +192,18 @@ struct InputGradients {
   }
 };
 
-// The pixels whose gradient is in scratch at once: a block; but an image where the input gradient
-// needs rows of the output's more than once.
+// What belongs to one task: a block, or an image where blocks need each other. The gradient of a
+// chunk is in scratch at once, or where the input's is spread that of a block.
 struct Chunks {
   const Plan& plan;
-  bool by_image;
+  bool by_image, spread;
 
   int64_t blocks() const { return by_image ? plan.image_blocks() : 1; }
   int64_t count() const { return plan.blocks() / blocks(); }
   Block first_block(int64_t chunk) const { return plan.block(chunk * blocks()); }
-  int64_t pixels(const Block& first) const {
-    return by_image ? plan.shape().out_height * plan.shape().out_width : first.pixels();
+  bool asks_at(int64_t i) const { return spread || i == 0; }
+  int64_t pixels(const Block& asked) const {
+    return by_image && !spread ? plan.shape().out_height * plan.shape().out_width : asked.pixels();
   }
 };
 
@@ -229,30 +232,38 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
   const Plan plan(shape, {.pixels = wish});
   const ConvolutionShape& s = plan.shape();
   const bool want_input = pass.grad_input != nullptr, want_weight = pass.grad_weight != nullptr;
-  const Chunks chunks{plan, want_input && !plan.is_matrix_product()};
+  const bool spreads = want_input && is_spread(s);
+  const Chunks chunks{plan, want_input && !plan.is_matrix_product(), spreads};
   const int64_t count = plan.blocks() > 0 ? chunks.count() : 0;
   const int64_t weights = shape.weights(), image = s.height * s.width * s.channels;
   const int64_t most = std::clamp(kPartialsSize / weights, kMinTasks, kMaxTasks);
   const int64_t tasks = want_weight ? std::min(count, most) : count;
   Scratch partials(want_weight ? tasks * weights : 0);
-  const InputGradients input = want_input ? InputGradients(s, pass.weight) : InputGradients();
+  const InputGradients input =
+      want_input && !spreads ? InputGradients(s, pass.weight) : InputGradients();
 
-  const auto run_chunk = [&](int64_t chunk, Windows<float>& windows, float* gradient,
-                             float* partial, bool start) {
+  const auto run_chunk = [&](int64_t chunk, Windows<float>& windows, Spread* spread,
+                             float* gradient, float* partial, bool start) {
     const Block first = chunks.first_block(chunk);
     const int64_t pixel = plan.first_pixel(first), pixels = chunks.pixels(first);
-    pass.grad_output(pixel, pixels, gradient);
+    float* to = pass.grad_input + (chunks.by_image ? chunk * image : pixel * s.channels);
     kernels::Ahead ahead;
     if (plan.is_matrix_product()) ahead = reads_of(s, pass, pixel + pixels, pixels);
-    for (int64_t i = 0; want_weight && i < chunks.blocks(); ++i) {
+    int64_t asked = 0;  // the pixel the gradients in scratch begin at
+    for (int64_t i = 0; i < chunks.blocks(); ++i) {
       const Block block = plan.block(chunk * chunks.blocks() + i);
-      const int64_t before = plan.first_pixel(block) - pixel;
-      windows.move_to(block);
-      weight_gradient(plan, windows, block, gradient + before * s.out_channels, partial,
-                      start && i == 0, ahead);
+      if (chunks.asks_at(i)) {
+        asked = plan.first_pixel(block);
+        pass.grad_output(asked, chunks.pixels(block), gradient);
+      }
+      const float* rows = gradient + (plan.first_pixel(block) - asked) * s.out_channels;
+      if (want_weight) {
+        windows.move_to(block);
+        weight_gradient(plan, windows, block, rows, partial, start && i == 0, ahead);
+      }
+      if (spread) spread->add(block, rows, to);
     }
-    if (!want_input) return;
-    float* to = pass.grad_input + (chunks.by_image ? chunk * image : pixel * s.channels);
+    if (!want_input || spread) return;
     if (input.untouched) std::memset(to, 0, image * sizeof(float));
     for (const InputGradient& part : input.parts) {
       part.compute(gradient, chunks.by_image ? 0 : pixels, to, ahead);
@@ -261,11 +272,13 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
   parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
     Scratch gradient(chunks.pixels(plan.block(0)) * s.out_channels);
     Windows windows(plan, pass.input);
+    std::optional<Spread> spread;
+    if (spreads) spread.emplace(plan, pass.weight);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * count / tasks, last = (task + 1) * count / tasks;
       for (int64_t chunk = first; chunk < last; ++chunk) {
-        run_chunk(chunk, windows, gradient.data(), partials.data() + task * weights,
-                  chunk == first);
+        run_chunk(chunk, windows, spread ? &*spread : nullptr, gradient.data(),
+                  partials.data() + task * weights, chunk == first);
       }
     }
   });

@@ -10,8 +10,9 @@
 namespace torchweld::ops::winograd {
 namespace {
 
-// Floats of the output's gradient in a group of images.
-constexpr int64_t kGroupSize = 3 << 18;
+// Floats of the output's gradient in a group of images: as much as a core's second cache holds, or
+// three times that where the weight's gradient wants many tiles at once.
+constexpr int64_t kGroupSize = 1 << 18;
 
 // Sums the weight's gradient over blocks of tiles: a block's inputs and gradients are transformed,
 // then multiplied at each point, in short chains that are added in their order.
@@ -21,15 +22,22 @@ constexpr int64_t kGroupSize = 3 << 18;
 // product of one point and two panels of channels belongs to one task.
 class WeightGradient {
  public:
-  WeightGradient(const ConvolutionShape& shape, float* grad_weight, bool one_group)
+  WeightGradient(const ConvolutionShape& shape, float* grad_weight)
       : shape_(shape), grad_weight_(grad_weight) {
     const int64_t tiles = Tiles(shape).count();
     const int64_t tasks = std::min(kMaxTasks, tiles / (kTaskBlocks * kSmallBlock));
     if (pairs() == 1 && tasks >= kMinTasks) tasks_ = tasks;
     // One block and many panels: each pair of them is finished while its sums are in cache.
-    at_once_ = one_group && tiles <= tiles_per_block() && pairs() >= 16;
+    at_once_ = images_at_once() >= shape.batch && tiles <= tiles_per_block() && has_many_pairs();
     if (!at_once_) sums_.emplace(tasks_ * pairs() * kPairSize);
     empty_.assign(tasks_, true);
+  }
+
+  // Images of a group: small blocks are shared out over a group, and many pairs want all tiles.
+  int64_t images_at_once() const {
+    const int64_t image = shape_.out_height * shape_.out_width * shape_.out_channels;
+    const int64_t size = tasks_ > 1 || has_many_pairs() ? 3 * kGroupSize : kGroupSize;
+    return even_part(shape_.batch, std::max<int64_t>(1, size / image));
   }
 
   // A group of images, and the gradient of their output.
@@ -99,6 +107,7 @@ class WeightGradient {
             points.data() + inputs_of(size).size()};
   }
   int64_t pairs() const { return inputs_of(0).panels() * grad_outputs_of(0).panels(); }
+  bool has_many_pairs() const { return pairs() >= 16; }
   Panel row_panel(int64_t pair) const {
     return Panel(pair / inputs_of(0).panels(), shape_.out_channels);
   }
@@ -251,11 +260,11 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
   }
   const int64_t pixels = shape.out_height * shape.out_width, image = pixels * shape.out_channels;
   const int64_t input_image = shape.height * shape.width * shape.channels;
-  const int64_t most = even_part(shape.batch, std::max<int64_t>(1, kGroupSize / image));
-  const Scratch rows(most * image);
   std::optional<WeightGradient> grad_weight;
-  if (pass.grad_weight != nullptr)
-    grad_weight.emplace(shape, pass.grad_weight, most >= shape.batch);
+  if (pass.grad_weight != nullptr) grad_weight.emplace(shape, pass.grad_weight);
+  const int64_t fit = even_part(shape.batch, std::max<int64_t>(1, kGroupSize / image));
+  const int64_t most = grad_weight ? grad_weight->images_at_once() : fit;
+  const Scratch rows(most * image);
 
   for (int64_t first = 0; first < shape.batch; first += most) {
     const int64_t images = std::min(most, shape.batch - first);
