@@ -28,7 +28,7 @@ struct Aligned {
   std::unique_ptr<T, void (*)(void*)> data;
 };
 
-enum class How { few, tiles, blocks, chosen, on_the_way };
+enum class How { few, tiles, blocks, chosen, on_the_way, warpgroups, wide_warpgroups };
 
 // A layer on the "device": rows at an odd stride, a bias of another dtype.
 struct Device {
@@ -90,6 +90,8 @@ struct Device {
     if (how == How::few) return ok(launch_few_rows(given, multiprocessors, nullptr));
     if (how == How::blocks && !sums) return ok(launch_long_sums(given, 8, nullptr));
     if (how == How::tiles) return ok(launch_tiles(given, multiprocessors, nullptr));
+    if (how == How::warpgroups) return ok(launch_warpgroups(given, false, nullptr));
+    if (how == How::wide_warpgroups) return ok(launch_warpgroups(given, true, nullptr));
     ok(launch_quantized_linear(given, multiprocessors, nullptr));
   }
 
@@ -188,6 +190,16 @@ void check_large_tiles() {
   CHECK(equal(device.output, expected.output), "large tiles");
 }
 
+void check_warpgroups() {
+  for (How how : {How::warpgroups, How::wide_warpgroups}) {
+    for (int64_t k : {0, 1, 100, 260, 1100}) {
+      check(how, QuantizedLayer(1 + k % 131, 35 + k % 33, k), any_activation(k), any_dtype(k));
+    }
+    // Several blocks, in each dimension one that is not full.
+    check(how, QuantizedLayer(257, 145, 20), LinearActivation::silu, DType::bfloat16);
+  }
+}
+
 void check_groups() {
   for (int64_t group_size : {4, 32, 100}) {
     for (int64_t k : {1, 64, 130}) {
@@ -279,6 +291,7 @@ int main() {
   check_few_rows();
   check_tiles();
   check_large_tiles();
+  check_warpgroups();
   check_groups();
   check_long_sums();
   check_not_finite();

@@ -51,6 +51,8 @@ inline constexpr int64_t kFewRows = 32;
 cudaError_t launch_few_rows(const QuantizedLinearParams&, int multiprocessors, cudaStream_t);
 cudaError_t launch_tiles(const QuantizedLinearParams&, int multiprocessors, cudaStream_t);
 cudaError_t launch_long_sums(const QuantizedLinearParams&, int64_t quads, cudaStream_t);
+// One sum, on compute capability 9.0 of a build with sm_90a: 128 columns by 128 rows, or 256.
+cudaError_t launch_warpgroups(const QuantizedLinearParams&, bool wide, cudaStream_t);
 
 // The gradient for the input, grad @ (weight_scale * weight). Scaled gradients are cut into parts
 // of 8 bits, bfloat16 numbers that together are the float (two of three are enough for a 16-bit
