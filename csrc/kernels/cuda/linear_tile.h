@@ -198,12 +198,8 @@ class Tile {
   int64_t row_, panel_;
 };
 
-// As many blocks as keep the device busy, at the price of more reading.
+// For the choice see linear_path.h.
 using LargeTile = TileShape<2, 2, 4>;  // 128 columns x 128 rows
 using SmallTile = TileShape<1, 2, 2>;  // 64 columns x 64 rows
-
-inline bool wants_large_tiles(const TileSource& source, int multiprocessors) {
-  return Tile<LargeTile>::blocks(source) >= multiprocessors;
-}
 
 }  // namespace torchweld::kernels::cuda

@@ -10,8 +10,7 @@
 // products in all threads, two stages later.
 #include "kernels/cuda/async.h"
 #include "kernels/cuda/linear_epilogue.h"
-#include "kernels/cuda/quantized_linear.h"
-#include "kernels/cuda/tile_place.h"
+#include "kernels/cuda/quantized_linear_parts.h"
 #include "kernels/cuda/wgmma.h"
 
 namespace torchweld::kernels::cuda {
@@ -47,21 +46,28 @@ class Tile {
       : params_(params),
         memory_(memory + (-shared_address(memory) & (kSwizzledRows - 1))),
         thread_(static_cast<int>(threadIdx.x)),
-        at_(blockIdx.x, tiles_of(params.rows, S::kRows), tiles_of(params.columns, kColumns)) {
+        part_(params, blocks(params)),
+        at_(part_.block, tiles_of(params.rows, S::kRows), tiles_of(params.columns, kColumns)) {
     at_.row *= S::kRows;
     at_.column *= kColumns;
     // Pairs, for the two sets of registers; of a last one that is too many all is zero.
-    stages_ = (params.quads + 2 * kStageQuads - 1) / (2 * kStageQuads) * 2;
+    const int64_t pairs = tiles_of(params.quads, 2 * kStageQuads);
+    begin_ = part_.begin(pairs) * 2;
+    end_ = part_.end(pairs) * 2;
+  }
+
+  static constexpr int64_t blocks(const QuantizedLinearParams& params) {
+    return tiles_of(params.rows, S::kRows) * tiles_of(params.columns, kColumns);
   }
 
   TORCHWELD_INLINE void run() {
 #pragma unroll
-    for (int stage = 0; stage < S::kStages - 2; ++stage) copy(stage);
+    for (int stage = 0; stage < S::kStages - 2; ++stage) copy(begin_ + stage);
 #pragma unroll
     for (int i = 0; i < S::kRows / 2; ++i) sums_[i] = 0;
     settle(sums_);
     uint32_t even[kProducts][4], odd[kProducts][4];
-    for (int64_t stage = 0; stage < stages_; stage += 2) {
+    for (int64_t stage = begin_; stage < end_; stage += 2) {
       multiply(stage, even);
       multiply(stage + 1, odd);
     }
@@ -76,7 +82,7 @@ class Tile {
   }
 
   TORCHWELD_INLINE void copy(int64_t stage) const {
-    if (stage < stages_) {
+    if (stage < end_) {
       copy_rows(stage);
       copy_weight(stage);
     }
@@ -154,21 +160,23 @@ class Tile {
       *reinterpret_cast<uint2*>(out + row * S::kOutStride + warp * kPanelColumns + 2 * g) = pair;
     }
     __syncthreads();
-    const FourColumns columns(params_.end, at_.column + 4 * lane, params_.columns);
+    const LinearEnd end = part_.end_of(params_);
+    const FourColumns columns(end, at_.column + 4 * lane, params_.columns);
     if (columns.count <= 0) return;
 #pragma unroll 1
     for (int row = warp; row < S::kRows && at_.row + row < params_.rows; row += kThreads / 32) {
       int32_t sums[4];
       memcpy(sums, __builtin_assume_aligned(out + row * S::kOutStride + 4 * lane, 16), sizeof sums);
-      columns.finish(params_.end, at_.row + row, sums);
+      columns.finish(end, at_.row + row, sums);
     }
   }
 
   const QuantizedLinearParams& params_;
   unsigned char* memory_;
   int thread_;
+  KPart part_;
   TilePlace at_;
-  int64_t stages_;
+  int64_t begin_, end_;         // of stages
   int32_t sums_[S::kRows / 2];  // D of wgmma.h: rows there are columns here
 };
 
@@ -183,9 +191,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class S>
 cudaError_t launch_shape(const QuantizedLinearParams& params, cudaStream_t stream) {
-  return launch_with_shared<kMostSharedOfSm90>(
-      multiply_warpgroups<S>, tiles_of(params.rows, S::kRows) * tiles_of(params.columns, kColumns),
-      kThreads, S::kShared, stream, params);
+  return launch_with_shared<kMostSharedOfSm90>(multiply_warpgroups<S>,
+                                               KPart::blocks(params, Tile<S>::blocks(params)),
+                                               kThreads, S::kShared, stream, params);
 }
 
 }  // namespace
