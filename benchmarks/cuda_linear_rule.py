@@ -43,8 +43,8 @@ KINDS = {
     "int8 weight-only": tw.nn.WeightOnlyLinear.from_float,
     "int4": partial(tw.nn.Int4Linear.from_float, group_size=128),
 }
-LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008), (768, 3072))
-ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+LAYERS = ((4096, 4096), (11008, 4096), (768, 3072))
+ROWS = (16, 64, 256, 512, 1024, 4096)
 SIZES = ("rows", "out_features", "in_features", "multiprocessors")
 COLUMNS = ("kind", *SIZES, "path", "microseconds")
 VARIABLE = "TORCHWELD_CUDA_LINEAR_PATH"

@@ -1,6 +1,8 @@
 // Which tile of a product a block makes.
 #pragma once
 
+#include <stdint.h>
+
 #include "kernels/cuda/lane.h"
 
 namespace torchweld::kernels::cuda {
