@@ -16,7 +16,7 @@ import csv
 import math
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ TILES = {
 }
 CHOSEN, FEW = "", "few_rows"
 PATHS = (CHOSEN, FEW, *TILES)
-KINDS = {
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "int8": tw.nn.QuantizedLinear.from_float,
     "int8 weight-only": tw.nn.WeightOnlyLinear.from_float,
     "int4": partial(tw.nn.Int4Linear.from_float, group_size=128),

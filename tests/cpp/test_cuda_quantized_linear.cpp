@@ -250,6 +250,14 @@ void check_groups() {
             group_size);
     }
   }
+  // Of few rows: groups of one step and of several, the last one not whole, and rounds of them.
+  for (int64_t group_size : {64, 192}) {
+    for (int64_t m : {3, 16, 25}) {
+      for (int64_t k : {1, 700, 1000}) {
+        check(How::few, QuantizedLayer(m, 35, k), any_activation(m + k), any_dtype(m), group_size);
+      }
+    }
+  }
 }
 
 // Blocks of K that are joined in int64, here of 32 k.

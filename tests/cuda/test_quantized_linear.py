@@ -42,7 +42,7 @@ def test_sums_and_scales(shape):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group_size", [0, 4, 32, 100])
+@pytest.mark.parametrize("group_size", [0, 4, 32, 64, 100, 128])
 def test_output(dtype, activation, group_size):
     layer = Weight(67, 200)
     on_device = layer.to(DEVICE)

@@ -18,9 +18,9 @@
 
 #include <stdint.h>
 
-#include "kernels/cuda/tile_place.h"
-
 namespace torchweld::kernels::cuda {
+
+constexpr int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 enum class LinearPath { few_rows, small_tiles, large_tiles, warpgroups, wide_warpgroups };
 inline constexpr int kLinearPaths = 5;

@@ -41,7 +41,7 @@ struct QuantizedLinearParams {
 };
 
 // Whether all of K is one sum, and not groups or more than int32 holds: what all paths can make.
-// For the others there are small tiles only.
+// For the others there are small tiles, and few rows if groups are whole steps.
 constexpr bool is_one_sum(int64_t quads, int64_t group_quads) {
   return group_quads == 0 && quads * kQuad <= kMaxSummed;
 }
@@ -56,9 +56,10 @@ bool quantizes_on_the_way(int64_t rows, int64_t in_features, int64_t group_size)
 cudaError_t launch_quantized_linear_of(DType, const QuantizeRows&, const QuantizedLinearParams&,
                                        int multiprocessors, cudaStream_t);
 
-// The launches behind it: of one sum; of tiles; of sums that int32 holds for `quads` only; of one
-// sum, on compute capability 9.0 of a build with sm_90a; of the parts of a sum.
+// The launches behind it: of one sum; of groups; of tiles; of sums that int32 holds for `quads`
+// only; of one sum, on compute capability 9.0 of a build with sm_90a; of the parts of a sum.
 cudaError_t launch_few_rows(const QuantizedLinearParams&, int multiprocessors, cudaStream_t);
+cudaError_t launch_few_groups(const QuantizedLinearParams&, cudaStream_t);
 cudaError_t launch_tiles(const QuantizedLinearParams&, bool large, cudaStream_t);
 cudaError_t launch_long_sums(const QuantizedLinearParams&, int64_t quads, cudaStream_t);
 cudaError_t launch_warpgroups(const QuantizedLinearParams&, bool wide, cudaStream_t);

@@ -4,8 +4,8 @@
 // the order in which the warps add theirs together does not show.
 #include "kernels/cuda/async.h"
 #include "kernels/cuda/linear_epilogue.h"
-#include "kernels/cuda/mma.h"
 #include "kernels/cuda/quantize_row.h"
+#include "kernels/cuda/quantized_linear_few.h"
 #include "kernels/cuda/quantized_linear_parts.h"
 
 namespace torchweld::kernels::cuda {
@@ -16,82 +16,45 @@ constexpr int kLeastThreads = 256;
 constexpr int kColumns = static_cast<int>(kFewColumns);  // two panels
 constexpr int kAhead = 2;                                // steps
 
-// The part of K that a warp has, for 8 kTiles rows.
+// The part of K that a warp has.
 template <int kTiles>
 class FewRows {
  public:
   TORCHWELD_INLINE FewRows(const QuantizedLinearParams& params, const KPart& part)
-      : quads_(params.quads), rows_(params.rows), g_(threadIdx.x % 32 / 4), t_(threadIdx.x % 4) {
-    const int64_t steps = (params.quads + kStepQuads - 1) / kStepQuads, warp = threadIdx.x / 32;
+      : lane_(params, part.block) {
+    const int64_t steps = tiles_of(params.quads, kStepQuads), warp = threadIdx.x / 32;
     const int64_t warps = blockDim.x / 32;
     step_ = part.begin(steps, warps, warp);
     end_ = part.end(steps, warps, warp);
-    const int64_t panel = 2 * part.block + g_ / 4;
-    // Of a panel that does not exist no quad does.
-    if (panel * kPanelColumns >= params.columns) quads_ = 0;
-    weight_ = params.panels + panel * params.quads * kPanelColumns * kQuad + g_ % 4 * 16;
 #pragma unroll
     for (int ahead = 0; ahead < kAhead; ++ahead) load(step_ + ahead, words_[ahead]);
   }
 
   TORCHWELD_INLINE void multiply(const int8_t* quantized, int64_t stride) {
-    const int8_t* row = quantized + g_ * stride + t_ * 16;
     for (; step_ < end_; step_ += kAhead) {
 #pragma unroll
       for (int ahead = 0; ahead < kAhead; ++ahead) {
         const int64_t step = step_ + ahead;
-        if (step < end_) multiply_step(row + step * kStep, stride, words_[ahead]);
+        if (step < end_) lane_.multiply(quantized, stride, step, words_[ahead]);
         load(step + kAhead, words_[ahead]);
       }
     }
   }
 
   // To sums[row][kColumns] of the block.
-  TORCHWELD_INLINE void add_to(int32_t* sums) const {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int row = tile * 8 + 2 * t_ + i % 2, column = 4 * g_ + i / 2;
-        atomicAdd(sums + row * kColumns + column, sum_[tile][i / 4][i % 4]);
-      }
-    }
+  TORCHWELD_INLINE void add_to(int32_t* sums) {
+    lane_.take_sums(
+        [&](int row, int column, int32_t sum) { atomicAdd(sums + row * kColumns + column, sum); });
   }
 
  private:
   TORCHWELD_INLINE void load(int64_t step, Word (&words)[4]) const {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int64_t quad = step * kStepQuads + 4 * t_ + c;
-      words[c] = {};
-      if (step < end_ && quad < quads_) {
-        words[c] = __ldcg(reinterpret_cast<const Word*>(weight_ + quad * kPanelColumns * kQuad));
-      }
-    }
+    lane_.load(step, step < end_, words);
   }
 
-  TORCHWELD_INLINE void multiply_step(const int8_t* row, int64_t stride, const Word (&words)[4]) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      Word x{};
-      if (tile * 8 + g_ < rows_) x = *reinterpret_cast<const Word*>(row + tile * 8 * stride);
-      multiply_word({x.x, x.y}, words[0], words[1], sum_[tile]);
-      multiply_word({x.z, x.w}, words[2], words[3], sum_[tile]);
-    }
-  }
-
-  TORCHWELD_INLINE static void multiply_word(const uint32_t (&x)[2], const Word& low,
-                                             const Word& high, int32_t (&sum)[2][4]) {
-    mma_s8(sum[0], {low.x, low.y, high.x, high.y}, x);
-    mma_s8(sum[1], {low.z, low.w, high.z, high.w}, x);
-  }
-
-  int64_t quads_, rows_, step_, end_;
-  int g_, t_;
-  const int8_t* weight_;
+  FewLane<kTiles> lane_;
+  int64_t step_, end_;
   Word words_[kAhead][4];
-  // Columns 4 g + 2 i, 4 g + 2 i + 1 of rows 2 t and 2 t + 1.
-  int32_t sum_[kTiles][2][4] = {};
 };
 
 template <int kTiles>

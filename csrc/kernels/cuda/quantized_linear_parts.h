@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/quantized_linear.h"
+#include "kernels/cuda/tile_place.h"
 
 namespace torchweld::kernels::cuda {
 

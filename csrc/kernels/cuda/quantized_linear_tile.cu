@@ -275,6 +275,10 @@ namespace {
 
 cudaError_t launch_sums(const QuantizedLinearParams& params, LinearPath path, int multiprocessors,
                         cudaStream_t stream) {
+  if (path == LinearPath::few_rows && params.group_quads > 0 &&
+      params.group_quads % kStepQuads == 0) {
+    return launch_few_groups(params, stream);
+  }
   if (!is_one_sum(params.quads, params.group_quads)) path = LinearPath::small_tiles;
   switch (path) {
     case LinearPath::few_rows:

@@ -1,13 +1,10 @@
 // Which tile of a product a block makes.
 #pragma once
 
-#include <stdint.h>
-
 #include "kernels/cuda/lane.h"
+#include "kernels/cuda/linear_path.h"
 
 namespace torchweld::kernels::cuda {
-
-constexpr int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 // Neighbours in a band of kBand rows of tiles run at about the same time, and find what they share
 // in the second cache.
