@@ -32,6 +32,11 @@ set(names ${CMAKE_CUDA_ARCHITECTURES})
 list(TRANSFORM names REPLACE "^(.+)-real$" "sm_\\1")
 list(TRANSFORM names REPLACE "^(.+)-virtual$" "compute_\\1")
 list(JOIN names ", " TORCHWELD_CUDA_ARCHITECTURES)
+# Of a GPU of 9.0 only code for 90a has its tensor cores' own instructions.
+set(TORCHWELD_HAS_SM_90A OFF)
+if(CMAKE_CUDA_ARCHITECTURES MATCHES "90a")
+  set(TORCHWELD_HAS_SM_90A ON)
+endif()
 # torch's own copy of the CUDA runtime may be older or newer than the compiler: ours is in the library.
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_STANDARD 20)

@@ -11,6 +11,7 @@
 
 #include <ucontext.h>
 
+#include <any>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -84,10 +85,13 @@ class Copies {
         } else {
           std::memcpy(copy.to, copy.from, 16);
         }
+        landed_.push_back(copy.to);
       }
       groups_.pop_front();
     }
   }
+  // Where copies have been made since the last time.
+  std::vector<void*> landed() { return std::exchange(landed_, {}); }
 
  private:
   struct Copy {
@@ -96,6 +100,7 @@ class Copies {
   };
   std::vector<Copy> next_;
   std::deque<std::vector<Copy>> groups_;
+  std::vector<void*> landed_;
 };
 
 class Block {
@@ -104,6 +109,7 @@ class Block {
       : body_(body),
         size_(size),
         shared_(std::aligned_alloc(16, (shared + 15) / 16 * 16), std::free),
+        async_view_(shared),
         fibers_(size.x * size.y * size.z) {}
 
   void run() {
@@ -163,10 +169,25 @@ class Block {
 
   Copies& copies() { return fibers_[at_].copies; }
 
+  // What a header keeps for each thread.
+  template <class T>
+  T& own() {
+    std::any& own = fibers_[at_].own;
+    if (!own.has_value()) own.emplace<T>();
+    return *std::any_cast<T>(&own);
+  }
+
   // Dynamic shared memory, not cleared.
   unsigned char* shared() const { return static_cast<unsigned char*>(shared_.get()); }
+  // The same as what does not go through threads sees it: as of their last fence.
+  std::vector<unsigned char>& async_view() { return async_view_; }
 
   static inline Block* current = nullptr;
+
+  [[noreturn]] static void fail(const char* what) {
+    std::fprintf(stderr, "CUDA emulator: %s\n", what);
+    std::abort();
+  }
 
  private:
   struct Fiber {
@@ -178,14 +199,10 @@ class Block {
     uint64_t given = 0;
     Values received;
     Copies copies;
+    std::any own;
     void* fake_stack = nullptr;
   };
   static constexpr size_t kStack = 1 << 16;
-
-  [[noreturn]] static void fail(const char* what) {
-    std::fprintf(stderr, "CUDA emulator: %s\n", what);
-    std::abort();
-  }
 
   template <class F>
   void for_lanes(unsigned mask, size_t first, const F& f) {
@@ -258,6 +275,7 @@ class Block {
   const std::function<void()>& body_;
   dim3 size_;
   std::unique_ptr<void, void (*)(void*)> shared_;
+  std::vector<unsigned char> async_view_;
   std::vector<Fiber> fibers_;
   ucontext_t scheduler_;
   size_t at_ = 0;
@@ -289,7 +307,7 @@ struct cudaLaunchConfig_t {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 template <class... Params>
 cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute, int bytes) {
-  return bytes <= 163 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // an A100's
+  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // an H100's
 }
 
 template <class... Expected, class... Given>

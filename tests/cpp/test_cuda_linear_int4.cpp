@@ -163,9 +163,8 @@ void run_on_cuda(const Layer& layer, LinearActivation activation, Path path, con
                                     .scale = result.scale.data()},
                                    params, nullptr);
     }
-    return path == Path::few
-               ? launch_int4_few_rows(params, nullptr)
-               : launch_int4_tiles(params, path == Path::large_tiles ? 1 : 1000, nullptr);
+    return path == Path::few ? launch_int4_few_rows(params, nullptr)
+                             : launch_int4_tiles(params, path == Path::large_tiles, nullptr);
   };
   if (!on_the_way) {
     CHECK(launch_quantize_rows(DType::float32,

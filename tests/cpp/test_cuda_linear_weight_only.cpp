@@ -46,9 +46,9 @@ float value_of(DType dtype, const void* from) {
 struct Case {
   int64_t m, n, k;
   DType dtype;
-  int64_t shift = 0;   // elements the rows begin behind a word
-  int64_t gap = 0;     // elements between rows
-  int processors = 1;  // 1: large tiles where there are tiles
+  int64_t shift = 0;                           // elements the rows begin behind a word
+  int64_t gap = 0;                             // elements between rows
+  LinearPath tiles = LinearPath::large_tiles;  // where rows are not few
 };
 
 void check(const Case& c) {
@@ -104,10 +104,11 @@ void check(const Case& c) {
                                   .bias_dtype = DType::float32,
                                   .output_dtype = c.dtype,
                                   .stores_sums = false},
+                          .path = m <= kFewRows ? LinearPath::few_rows : c.tiles,
                           .scratch = nullptr};
   const Memory scratch(weight_only_scratch(params));
   params.scratch = scratch.as<void>();
-  CHECK(launch_linear_weight_only(params, c.processors, nullptr) == cudaSuccess, "launch");
+  CHECK(launch_linear_weight_only(params, nullptr) == cudaSuccess, "launch");
 
   const double unit = c.dtype == DType::float32 ? 0 : c.dtype == DType::bfloat16 ? 0x1p-8 : 0x1p-11;
   for (int64_t row = 0; row < m; ++row) {
@@ -160,7 +161,7 @@ void check_every_weight() {
       params.end.of.output = output.as<void>();
       params.end.of.output_stride = 1;
       params.end.output_dtype = DType::float32;
-      CHECK(launch_linear_weight_only(params, 1, nullptr) == cudaSuccess, "launch");
+      CHECK(launch_linear_weight_only(params, nullptr) == cudaSuccess, "launch");
       const float expected =
           dtype == DType::float32 ? one * static_cast<float>(q) : static_cast<float>(q);
       CHECK(output.as<float>()[0] == expected, "%d: %g", q, output.as<float>()[0]);
@@ -171,6 +172,7 @@ void check_every_weight() {
 }  // namespace
 
 int main() {
+  constexpr LinearPath small = LinearPath::small_tiles;
   check_every_weight();
   for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
     check({.m = 0, .n = 5, .k = 7, .dtype = dtype});
@@ -185,8 +187,8 @@ int main() {
     // Tiles: large and small ones.
     check({.m = 130, .n = 150, .k = 72, .dtype = dtype});
     check({.m = 40, .n = 17, .k = 67, .dtype = dtype});
-    check({.m = 70, .n = 65, .k = 200, .dtype = dtype, .shift = 2, .processors = 100});
-    check({.m = 33, .n = 5, .k = 64, .dtype = dtype, .gap = 8, .processors = 100});
+    check({.m = 70, .n = 65, .k = 200, .dtype = dtype, .shift = 2, .tiles = small});
+    check({.m = 33, .n = 5, .k = 64, .dtype = dtype, .gap = 8, .tiles = small});
     check({.m = 33, .n = 5, .k = 0, .dtype = dtype});
   }
 }

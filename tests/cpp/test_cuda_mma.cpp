@@ -5,6 +5,7 @@
 #include "check.h"
 #include "kernels/cuda/async.h"
 #include "kernels/cuda/mma.h"
+#include "kernels/cuda/wgmma.h"
 
 using namespace torchweld::kernels;
 using namespace torchweld::kernels::cuda;
@@ -80,6 +81,68 @@ void check_product(void (*kernel)(const A*, const A*, D*), int depth, const Valu
   }
 }
 
+// "wgmma.mma_async.m64nNk32", A in registers: a_i as mma.m16n8k32's, of the rows from 16 times the
+// warp in its warpgroup on; d_i: row = that + groupID, plus 8 where i & 2; column = i / 4 * 8 +
+// threadID_in_group * 2 + (i & 1). B, "K-major" with the 128-byte swizzle: a row of 128 bytes for
+// each column, of whose 16-byte chunks the number is xored with that of the row, modulo 8, and the
+// address of the atom of 8 rows is a multiple of 1024. Products of k from 0 to 31 and 96 to 127.
+constexpr int kDepth = 128, kColumns = 128;
+__global__ void multiply_async_bytes(const int8_t* a, const int8_t* b, int32_t* d) {
+  TORCHWELD_DYNAMIC_SHARED(memory);
+  const uint32_t address = (shared_address(memory) + 1023) / 1024 * 1024;
+  unsigned char* rows = memory + (address - shared_address(memory));
+  const int thread = threadIdx.x;
+  for (int chunk = 0; chunk < 8; ++chunk) {
+    copy_async(rows + thread / 8 * 1024 + thread % 8 * 128 + (chunk ^ thread % 8) * 16,
+               b + thread * kDepth + chunk * 16, true);
+  }
+  commit_copies();
+  wait_for_copies<0>();
+  fence_shared();
+  __syncthreads();
+  const int first = thread / 32 * 16 + thread % 32 / 4, in_group = thread % 4;
+  uint32_t ra[2][4] = {};
+  for (int i = 0; i < 32; ++i) {
+    const int row = first + (i % 16 < 4 || (i % 16 >= 8 && i % 16 < 12) ? 0 : 8);
+    const int k = in_group * 4 + (i & 3) + (i % 16 >= 8 ? 16 : 0) + i / 16 * 96;
+    ra[i / 16][i % 16 / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(a[row * kDepth + k]))
+                              << (i % 4 * 8);
+  }
+  int32_t rd[kColumns / 2];
+  for (int32_t& sum : rd) sum = 1;
+  settle(rd);
+  fence_registers();
+  multiply_async(rd, ra[0], swizzled_rows(address));
+  multiply_async(rd, ra[1], swizzled_rows(address + 96));
+  commit_products();
+  wait_for_products<0>();
+  settle(rd);
+  for (int i = 0; i < kColumns / 2; ++i) {
+    const int row = first + (i & 2) * 4, column = i / 4 * 8 + in_group * 2 + (i & 1);
+    d[row * kColumns + column] = rd[i];
+  }
+}
+
+void check_warpgroup() {
+  constexpr int kRows = 64;
+  std::vector<int8_t> a(kRows * kDepth), b(kColumns * kDepth);
+  std::vector<int32_t> d(kRows * kColumns);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<int8_t>(i * 37 % 251);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<int8_t>(i * 91 % 253);
+  CHECK(launch_with_shared(multiply_async_bytes, 1, kWarpgroup, kColumns * kDepth + 1024, nullptr,
+                           a.data(), b.data(), d.data()) == cudaSuccess,
+        "launch");
+  for (int row = 0; row < kRows; ++row) {
+    for (int column = 0; column < kColumns; ++column) {
+      int sum = 1;
+      for (int k = 0; k < kDepth; ++k) {
+        if (k < 32 || k >= 96) sum += a[row * kDepth + k] * b[column * kDepth + k];
+      }
+      CHECK(d[row * kColumns + column] == sum, "row %d, column %d", row, column);
+    }
+  }
+}
+
 // Copies of group i must be there once at most kGroups - 1 - i are under way, and not before.
 __global__ void copy(const uint32_t* from, uint32_t* seen) {
   TORCHWELD_DYNAMIC_SHARED(memory);
@@ -120,5 +183,6 @@ int main() {
   check_product<uint16_t, float>(multiply_halves<false>, 16, [](int x) {
     return from_vec<Float16>(static_cast<float>(x)).bits;
   });
+  check_warpgroup();
   check_copies();
 }

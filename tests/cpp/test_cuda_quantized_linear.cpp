@@ -28,18 +28,20 @@ struct Aligned {
   std::unique_ptr<T, void (*)(void*)> data;
 };
 
-enum class How { few, tiles, blocks, chosen, on_the_way };
+enum class How { few, tiles, large_tiles, warpgroups, wide_warpgroups, blocks, on_the_way };
 
 // A layer on the "device": rows at an odd stride, a bias of another dtype.
 struct Device {
-  Device(const QuantizedLayer& layer, DType dtype, int64_t group_size)
+  Device(const QuantizedLayer& layer, DType dtype, int64_t group_size, int64_t splits = 1)
       : layer(layer),
         dtype(dtype),
         group_size(group_size),
+        splits(splits),
         groups(group_size && layer.k ? (layer.k + group_size - 1) / group_size : 1),
         packed(layer.packed_size()),
         quantized(layer.m * quantized_stride(layer.k)),
         scale(layer.m * groups),
+        parts(splits * layer.m * layer.n),
         output(layer.m * layer.n, dtype) {
     std::memcpy(packed.get(), layer.packed.get(), layer.packed_size());
   }
@@ -77,7 +79,9 @@ struct Device {
             .columns = layer.n,
             .group_quads = group_size / kQuad,
             .group_scale = scale.get(),
-            .end = end};
+            .end = end,
+            .splits = splits,
+            .parts = parts.get()};
   }
 
   void run(How how, LinearActivation activation, bool sums, void* to) {
@@ -87,18 +91,32 @@ struct Device {
       return ok(launch_quantized_linear_of(dtype, rows(), given, multiprocessors, nullptr));
     }
     ok(launch_quantize_rows(dtype, rows(), nullptr));
-    if (how == How::few) return ok(launch_few_rows(given, multiprocessors, nullptr));
     if (how == How::blocks && !sums) return ok(launch_long_sums(given, 8, nullptr));
-    if (how == How::tiles) return ok(launch_tiles(given, multiprocessors, nullptr));
-    ok(launch_quantized_linear(given, multiprocessors, nullptr));
+    ok(launch_quantized_linear(given, path(how), multiprocessors, nullptr));
+  }
+
+  static LinearPath path(How how) {
+    switch (how) {
+      case How::few:
+        return LinearPath::few_rows;
+      case How::large_tiles:
+        return LinearPath::large_tiles;
+      case How::warpgroups:
+        return LinearPath::warpgroups;
+      case How::wide_warpgroups:
+        return LinearPath::wide_warpgroups;
+      default:
+        return LinearPath::small_tiles;
+    }
   }
 
   const QuantizedLayer& layer;
   int multiprocessors = 132;
   DType dtype;
-  int64_t group_size, groups;
+  int64_t group_size, splits, groups;
   Aligned<int8_t> packed, quantized;
   Aligned<float> scale;
+  Aligned<int32_t> parts;
   Buffer output;
 };
 
@@ -120,13 +138,14 @@ bool equal(const Buffer& a, const Buffer& b) {
 }
 
 void check(How how, const QuantizedLayer& layer, LinearActivation activation,
-           DType dtype = DType::float32, int64_t group_size = 0, int multiprocessors = 132) {
+           DType dtype = DType::float32, int64_t group_size = 0, int multiprocessors = 132,
+           int64_t splits = 1) {
   const auto same = [&](bool is_same, const char* what) {
     CHECK(is_same, "%s of %ld x %ld x %ld, way %d, dtype %d", what, static_cast<long>(layer.m),
           static_cast<long>(layer.n), static_cast<long>(layer.k), static_cast<int>(how),
           static_cast<int>(dtype));
   };
-  Device device(layer, dtype, group_size);
+  Device device(layer, dtype, group_size, splits);
   device.multiprocessors = multiprocessors;
   const QuantizedResult expected = run_on_cpu(layer, activation, dtype, group_size);
   device.run(how, activation, false, device.output.data.get());
@@ -179,20 +198,61 @@ void check_tiles() {
 
 // Tiles of the larger size, several to a band.
 void check_large_tiles() {
-  const QuantizedLayer layer(1100, 140, 20);
-  Device device(layer, DType::float32, 0);
-  const QuantizedResult expected = run_on_cpu(layer, LinearActivation::silu, DType::float32, 0);
-  ok(launch_quantize_rows(DType::float32, device.rows(), nullptr));
-  ok(launch_tiles(device.params(LinearActivation::silu, false, device.output.data.get()), 1,
-                  nullptr));
-  CHECK(equal(device.output, expected.output), "large tiles");
+  check(How::large_tiles, QuantizedLayer(1100, 140, 20), LinearActivation::silu);
+}
+
+void check_warpgroups() {
+  for (How how : {How::warpgroups, How::wide_warpgroups}) {
+    for (int64_t k : {0, 100, 1100}) {
+      check(how, QuantizedLayer(1 + k % 131, 35 + k % 33, k), any_activation(k), any_dtype(k));
+    }
+    // Several blocks, in each dimension one that is not full.
+    check(how, QuantizedLayer(257, 145, 20), LinearActivation::silu, DType::bfloat16);
+  }
+}
+
+// K in parts, of which some are empty.
+void check_parts() {
+  for (How how : {How::few, How::tiles, How::large_tiles, How::warpgroups}) {
+    for (int64_t k : {1, 530}) {
+      check(how, QuantizedLayer(23, 150, k), any_activation(k), any_dtype(k), 0, 132, 3);
+    }
+  }
+}
+
+void check_path(int64_t rows, int64_t columns, int64_t k, LinearPath path, int64_t splits,
+                bool has_wgmma = true) {
+  const LinearDevice device{.multiprocessors = 132, .has_wgmma = has_wgmma};
+  const LinearPath chosen = choose_path(rows, columns, device);
+  const int64_t parts = choose_splits(chosen, rows, columns, k, device);
+  CHECK(chosen == path && parts == splits, "%ld x %ld x %ld: path %d in %ld parts",
+        static_cast<long>(rows), static_cast<long>(columns), static_cast<long>(k),
+        static_cast<int>(chosen), static_cast<long>(parts));
+}
+
+void check_paths() {
+  check_path(1, 4096, 4096, LinearPath::few_rows, 1);
+  check_path(32, 1024, 16384, LinearPath::few_rows, 4);
+  check_path(64, 768, 3072, LinearPath::small_tiles, 6);
+  check_path(512, 4096, 4096, LinearPath::warpgroups, 1);
+  check_path(4096, 4096, 4096, LinearPath::wide_warpgroups, 1);
+  check_path(4096, 4096, 4096, LinearPath::large_tiles, 1, false);
+  check_path(512, 0, 4096, LinearPath::small_tiles, 1);
 }
 
 void check_groups() {
   for (int64_t group_size : {4, 32, 100}) {
     for (int64_t k : {1, 64, 130}) {
-      check(How::chosen, QuantizedLayer(1 + k % 70, 37, k), any_activation(k), any_dtype(k),
+      check(How::tiles, QuantizedLayer(1 + k % 70, 37, k), any_activation(k), any_dtype(k),
             group_size);
+    }
+  }
+  // Of few rows: groups of one step and of several, the last one not whole, and rounds of them.
+  for (int64_t group_size : {64, 192}) {
+    for (int64_t m : {3, 16, 25}) {
+      for (int64_t k : {1, 700, 1000}) {
+        check(How::few, QuantizedLayer(m, 35, k), any_activation(m + k), any_dtype(m), group_size);
+      }
     }
   }
 }
@@ -210,7 +270,7 @@ void check_not_finite() {
     for (How how : {How::few, How::tiles, How::on_the_way}) {
       check(how, layer, LinearActivation::gelu, dtype);
     }
-    check(How::chosen, layer, LinearActivation::identity, dtype, 32);
+    check(How::tiles, layer, LinearActivation::identity, dtype, 32);
   }
 }
 
@@ -279,6 +339,9 @@ int main() {
   check_few_rows();
   check_tiles();
   check_large_tiles();
+  check_warpgroups();
+  check_parts();
+  check_paths();
   check_groups();
   check_long_sums();
   check_not_finite();

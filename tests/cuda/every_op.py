@@ -7,6 +7,7 @@ it ask for more.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -63,18 +64,41 @@ def folded(device: str, dtype: torch.dtype, layout: torch.memory_format) -> Resu
 
 
 def linear(
-    device: str, dtype: torch.dtype, make: Callable[[nn.Linear], nn.Module], sizes: tuple[int, int]
+    device: str,
+    dtype: torch.dtype,
+    make: Callable[[nn.Linear], nn.Module],
+    sizes: tuple[int, int],
+    rows: tuple[int, ...] = (1, 3, 17, 130),
 ) -> Results:
     n, k = sizes
     # The weight is quantized on the CPU, so that both compute with the same integers.
     layer = make(nn.Linear(k, n)).to(device)
     found = []
-    for m in (1, 3, 17, 130):
+    for m in rows:
         x = torch.randn(m, k).to(device, dtype).requires_grad_()
         y = layer(x)
         y.backward(torch.ones_like(y))
         found += [y.detach(), x.grad]
     return found
+
+
+def int8_by_path(device: str, path: str) -> Results:
+    """Sums of several blocks and of several stages, by a kernel that is asked for."""
+    os.environ["TORCHWELD_CUDA_LINEAR_PATH"] = path
+    try:
+        rows = (32,) if path == "few_rows" else (130,)
+        return linear(device, torch.bfloat16, tw.nn.QuantizedLinear.from_float, (140, 1100), rows)
+    finally:
+        del os.environ["TORCHWELD_CUDA_LINEAR_PATH"]
+
+
+def paths() -> list[str]:
+    """Return the paths of an int8 product that this device has."""
+    has_wgmma = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return ["few_rows", "small_tiles", "large_tiles"] + has_wgmma * [
+        "warpgroups",
+        "wide_warpgroups",
+    ]
 
 
 def ops() -> Iterator[tuple[str, torch.dtype, Callable[[str], Results]]]:
@@ -100,6 +124,8 @@ def ops() -> Iterator[tuple[str, torch.dtype, Callable[[str], Results]]]:
             for dtype in TOLERANCE:
                 run = lambda d, t=dtype, c=kind, s=sizes: linear(d, t, c.from_float, s)  # noqa: E731
                 yield f"{kind.__name__} {sizes}", dtype, run
+    for path in paths():
+        yield f"QuantizedLinear by {path}", torch.bfloat16, lambda d, p=path: int8_by_path(d, p)
 
 
 def wrong(run: Callable[[str], Results], device: str, tolerance: float) -> str | None:

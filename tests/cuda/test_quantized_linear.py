@@ -1,6 +1,7 @@
 """The int8 linear layer on a GPU: the bits of the CPU's, in any memory, stream or graph."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ DEVICE = "cuda"
 
 # Every kernel: rows quantized on the way, few rows, small tiles, large tiles.
 ROWS = [1, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 200]
+# What TORCHWELD_CUDA_LINEAR_PATH may say, see csrc/kernels/cuda/linear_path.h.
+PATHS = ["few_rows", "small_tiles", "large_tiles", "warpgroups", "wide_warpgroups"]
+HAS_WGMMA = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 LARGE = [(4096, 4100, 260), (129, 11008, 4096), (1, 4096, 4096), (32, 4096, 11008)]
 
 
@@ -38,7 +42,7 @@ def test_sums_and_scales(shape):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group_size", [0, 4, 32, 100])
+@pytest.mark.parametrize("group_size", [0, 4, 32, 64, 100, 128])
 def test_output(dtype, activation, group_size):
     layer = Weight(67, 200)
     on_device = layer.to(DEVICE)
@@ -54,6 +58,47 @@ def test_output_of_any_size(shape, dtype):
     m, n, k = shape
     layer, x = Weight(n, k), randn(m, k, dtype=dtype)
     assert_equal(layer.to(DEVICE)(x.to(DEVICE)), layer(x))
+
+
+def force(monkeypatch, path):
+    if "warpgroups" in path and not HAS_WGMMA:
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setenv("TORCHWELD_CUDA_LINEAR_PATH", path)
+
+
+# A product of one tile, of many with edges on all sides, and of so few that K is split.
+FORCED = [(17, 33, 68), (32, 129, 1030), (300, 261, 1100), (1030, 1030, 515), (130, 64, 9000)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", FORCED, ids=str)
+def test_output_and_sums_of_every_path(path, shape, monkeypatch):
+    m, n, k = shape
+    m = min(m, 32) if path == "few_rows" else m
+    layer, x = Weight(n, k), randn(m, k, dtype=torch.bfloat16)
+    residual = randn(m, n, dtype=torch.bfloat16, seed=2)
+    expected, sums = layer(x, "gelu", residual), layer.accumulators(x)
+    force(monkeypatch, path)
+    on_device = layer.to(DEVICE)
+    for _ in range(3):  # what is not ordered may go well once
+        assert_equal(on_device(x.to(DEVICE), "gelu", residual.to(DEVICE)), expected)
+        for mine, of_cpu in zip(on_device.accumulators(x.to(DEVICE)), sums, strict=True):
+            assert_equal(mine, of_cpu)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_in_a_graph(path, monkeypatch, graph):
+    force(monkeypatch, path)
+    layer, x = Weight(96, 2048).to(DEVICE), randn(32, 2048).to(DEVICE)
+    assert torch.equal(graph(lambda: layer(x))(), layer(x))
+
+
+def test_a_path_that_does_not_fit_is_refused(monkeypatch):
+    layer, x = Weight(96, 64).to(DEVICE), randn(33, 64).to(DEVICE)
+    for name in ("few_rows", "fastest"):
+        monkeypatch.setenv("TORCHWELD_CUDA_LINEAR_PATH", name)
+        with pytest.raises(RuntimeError, match=re.escape(f'33 rows on this device, got "{name}"')):
+            layer(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -37,22 +37,23 @@ TORCHWELD_INLINE void wait_for_copies() {
 
 namespace torchweld::kernels::cuda {
 
-// What a launch may ask for on every device that has these copies, beside some static memory.
+// What a launch may ask for on every device that has these copies, beside some static memory. A
+// kernel for certain devices may say more.
 inline constexpr int64_t kMostShared = 96 << 10;
 // Below this much, with any static memory beside it, no leave is needed.
 inline constexpr int64_t kLeastShared = 40 << 10;
 
 // As launch(), with dynamic shared memory. The leave is the same for all launches of a kernel: one
 // for as much as this launch needs could come between those of another host thread.
-template <class... Params>
+template <int64_t kMost = kMostShared, class... Params>
 cudaError_t launch_with_shared(void (*kernel)(Params...), int64_t blocks, int threads,
                                int64_t shared, cudaStream_t stream,
                                typename Same<Params>::Type... params) {
   if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || shared > kMostShared) return cudaErrorInvalidConfiguration;
+  if (blocks > INT32_MAX || shared > kMost) return cudaErrorInvalidConfiguration;
   if (shared > kLeastShared) {
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostShared));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMost));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/cuda/linear_end.h"
+#include "kernels/cuda/linear_path.h"
 #include "kernels/linear_int4.h"
 
 namespace torchweld::kernels::cuda {
@@ -27,7 +28,9 @@ constexpr int64_t int4_stride(int64_t padded_in_features) {
   return (padded_in_features + 63) / 64 * 64;
 }
 
-cudaError_t launch_linear_int4(const LinearInt4Params&, int multiprocessors, cudaStream_t);
+// Groups that are no multiple of 32, and the sums, are for the path of few rows whatever is asked
+// for: there a step may end within a group. It reads the weight once for every 16 rows.
+cudaError_t launch_linear_int4(const LinearInt4Params&, LinearPath, cudaStream_t);
 
 // The same for rows not yet quantized, which every block does for itself: one launch, and the
 // weight is on its way meanwhile. `params` has no quantized rows and no input_scale;
@@ -42,11 +45,9 @@ struct Int4Input {
 };
 cudaError_t launch_linear_int4_of(const Int4Input&, const LinearInt4Params&, cudaStream_t);
 
-// Rows up to which launch_linear_int4() sums without tiles.
-inline constexpr int64_t kFewInt4Rows = 32;
 // What is behind it.
 cudaError_t launch_int4_few_rows(const LinearInt4Params&, cudaStream_t);
-cudaError_t launch_int4_tiles(const LinearInt4Params&, int multiprocessors, cudaStream_t);
+cudaError_t launch_int4_tiles(const LinearInt4Params&, bool large, cudaStream_t);
 
 // The gradient for the input, grad @ weight: products are exact, sums are float32, in an order
 // that only the number of columns decides.

@@ -296,13 +296,12 @@ cudaError_t launch_linear_int4_of(const Int4Input& input, const LinearInt4Params
   return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_linear_int4(const LinearInt4Params& p, int multiprocessors,
-                               cudaStream_t stream) {
+cudaError_t launch_linear_int4(const LinearInt4Params& p, LinearPath path, cudaStream_t stream) {
   const bool in_steps = p.group_size % (kUnitsOfStep * kOctet) == 0;
-  if (p.rows <= kFewInt4Rows || !in_steps || p.sums != nullptr) {
+  if (path == LinearPath::few_rows || !in_steps || p.sums != nullptr) {
     return launch_int4_few_rows(p, stream);
   }
-  return launch_int4_tiles(p, multiprocessors, stream);
+  return launch_int4_tiles(p, path != LinearPath::small_tiles, stream);
 }
 
 }  // namespace torchweld::kernels::cuda

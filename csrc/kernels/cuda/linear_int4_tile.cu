@@ -133,7 +133,7 @@ cudaError_t launch_for(const LinearInt4Params& p, const TileSource& source, cuda
 
 }  // namespace
 
-cudaError_t launch_int4_tiles(const LinearInt4Params& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_int4_tiles(const LinearInt4Params& p, bool large, cudaStream_t stream) {
   TileSource source{};
   source.panels = p.panels;
   source.panel_count = (p.columns + kPanelColumns - 1) / kPanelColumns;
@@ -143,8 +143,8 @@ cudaError_t launch_int4_tiles(const LinearInt4Params& p, int multiprocessors, cu
   source.row_bytes = p.quantized_stride;
   source.row_words = p.quantized_stride / 16;
   source.planes = 1;
-  return wants_large_tiles(source, multiprocessors) ? launch_for<LargeTile>(p, source, stream)
-                                                    : launch_for<SmallTile>(p, source, stream);
+  return large ? launch_for<LargeTile>(p, source, stream)
+               : launch_for<SmallTile>(p, source, stream);
 }
 
 }  // namespace torchweld::kernels::cuda

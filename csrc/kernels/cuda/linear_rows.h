@@ -14,8 +14,8 @@ struct LayOutRows {
   int64_t stride;
   int64_t rows;
   int64_t columns;
-  void* output;  // [parts][rows][output_stride]
-  int64_t output_stride;
+  void* output;           // [parts][rows][output_stride], aligned to 16
+  int64_t output_stride;  // a multiple of 8
   // 1: elements as they are. Else bfloat16 numbers whose sum is the element, each cut off behind
   // its eight bits: all of a float16 in two, of a float32 in three.
   int parts;

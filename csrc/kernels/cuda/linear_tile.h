@@ -5,6 +5,7 @@
 #include "kernels/cuda/async.h"
 #include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/linear_units.h"
+#include "kernels/cuda/tile_place.h"
 
 namespace torchweld::kernels::cuda {
 
@@ -51,14 +52,14 @@ class Tile {
  public:
   TORCHWELD_INLINE Tile(const TileSource& source, unsigned char* memory)
       : source_(source), memory_(memory), warp_(static_cast<int>(threadIdx.x) / 32) {
-    const int64_t tiles = (source.row_count + Shape::kRows - 1) / Shape::kRows;
-    row_ = blockIdx.x % tiles * Shape::kRows;
-    panel_ = blockIdx.x / tiles * Shape::kPanels;
+    const TilePlace at(blockIdx.x, tiles_of(source.row_count, Shape::kRows),
+                       tiles_of(source.panel_count, Shape::kPanels));
+    row_ = at.row * Shape::kRows;
+    panel_ = at.column * Shape::kPanels;
   }
 
   static int64_t blocks(const TileSource& source) {
-    return (source.row_count + Shape::kRows - 1) / Shape::kRows *
-           ((source.panel_count + Shape::kPanels - 1) / Shape::kPanels);
+    return tiles_of(source.row_count, Shape::kRows) * tiles_of(source.panel_count, Shape::kPanels);
   }
 
   // The warp's first panel of a set, and first row of a tile.
@@ -198,12 +199,8 @@ class Tile {
   int64_t row_, panel_;
 };
 
-// As many blocks as keep the device busy, at the price of more reading.
+// For the choice see linear_path.h.
 using LargeTile = TileShape<2, 2, 4>;  // 128 columns x 128 rows
 using SmallTile = TileShape<1, 2, 2>;  // 64 columns x 64 rows
-
-inline bool wants_large_tiles(const TileSource& source, int multiprocessors) {
-  return Tile<LargeTile>::blocks(source) >= multiprocessors;
-}
 
 }  // namespace torchweld::kernels::cuda

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/cuda/linear_end.h"
+#include "kernels/cuda/linear_path.h"
 #include "kernels/quantized_linear.h"
 
 namespace torchweld::kernels::cuda {
@@ -19,19 +20,17 @@ struct WeightOnlyParams {
   const int8_t* panels;  // aligned to 16
   int64_t columns;
   LinearEnd end;
+  LinearPath path;
   void* scratch;  // as large as asked for, aligned to 16
 };
 
 // Bytes in which the rows are laid out as the kernels read them; 0 if they lie so already.
 int64_t weight_only_scratch(const WeightOnlyParams&);
 
-cudaError_t launch_linear_weight_only(const WeightOnlyParams&, int multiprocessors, cudaStream_t);
+cudaError_t launch_linear_weight_only(const WeightOnlyParams&, cudaStream_t);
 
-// Rows up to which that sums without tiles.
-inline constexpr int64_t kFewWeightOnlyRows = 32;
 // What is behind it: rows whose units are aligned and whole, in planes as linear_tile.h says.
 cudaError_t launch_weight_only_few_rows(const WeightOnlyParams&, cudaStream_t);
-cudaError_t launch_weight_only_tiles(const WeightOnlyParams&, int planes, int multiprocessors,
-                                     cudaStream_t);
+cudaError_t launch_weight_only_tiles(const WeightOnlyParams&, int planes, cudaStream_t);
 
 }  // namespace torchweld::kernels::cuda

@@ -31,10 +31,9 @@ cudaError_t launch_for(const WeightOnlyParams& p, const TileSource& source, cuda
 }
 
 template <class T>
-cudaError_t launch_of(const WeightOnlyParams& p, const TileSource& source, int multiprocessors,
-                      cudaStream_t stream) {
-  return wants_large_tiles(source, multiprocessors) ? launch_for<T, LargeTile>(p, source, stream)
-                                                    : launch_for<T, SmallTile>(p, source, stream);
+cudaError_t launch_of(const WeightOnlyParams& p, const TileSource& source, cudaStream_t stream) {
+  return p.path == LinearPath::small_tiles ? launch_for<T, SmallTile>(p, source, stream)
+                                           : launch_for<T, LargeTile>(p, source, stream);
 }
 
 constexpr int64_t kWordElements = 8;  // 16-bit elements of a word of 16 bytes
@@ -44,7 +43,7 @@ constexpr int64_t laid_out(int64_t in_features) {
   return (in_features + kWordElements - 1) / kWordElements * kWordElements;
 }
 
-bool is_few(const WeightOnlyParams& p) { return p.rows <= kFewWeightOnlyRows; }
+bool is_few(const WeightOnlyParams& p) { return p.path == LinearPath::few_rows; }
 
 }  // namespace
 
@@ -58,8 +57,7 @@ int64_t weight_only_scratch(const WeightOnlyParams& p) {
   return p.rows * laid_out(p.in_features) * (splits ? 2 * kParts : size);
 }
 
-cudaError_t launch_weight_only_tiles(const WeightOnlyParams& p, int planes, int multiprocessors,
-                                     cudaStream_t stream) {
+cudaError_t launch_weight_only_tiles(const WeightOnlyParams& p, int planes, cudaStream_t stream) {
   TileSource source{};
   source.panels = p.panels;
   source.panel_count = (p.columns + kPanelColumns - 1) / kPanelColumns;
@@ -70,12 +68,11 @@ cudaError_t launch_weight_only_tiles(const WeightOnlyParams& p, int planes, int 
   source.row_words = laid_out(p.in_features) / kWordElements;
   source.plane_bytes = p.rows * source.row_bytes;
   source.planes = planes;
-  return p.dtype == DType::float16 ? launch_of<Float16>(p, source, multiprocessors, stream)
-                                   : launch_of<BFloat16>(p, source, multiprocessors, stream);
+  return p.dtype == DType::float16 ? launch_of<Float16>(p, source, stream)
+                                   : launch_of<BFloat16>(p, source, stream);
 }
 
-cudaError_t launch_linear_weight_only(const WeightOnlyParams& params, int multiprocessors,
-                                      cudaStream_t stream) {
+cudaError_t launch_linear_weight_only(const WeightOnlyParams& params, cudaStream_t stream) {
   if (params.rows == 0 || params.columns == 0) return cudaSuccess;
   WeightOnlyParams p = params;
   const bool splits = p.dtype == DType::float32 && !is_few(p);
@@ -94,7 +91,7 @@ cudaError_t launch_linear_weight_only(const WeightOnlyParams& params, int multip
     p.input_stride = laid_out(p.in_features);
   }
   if (is_few(p)) return launch_weight_only_few_rows(p, stream);
-  return launch_weight_only_tiles(p, splits ? kParts : 1, multiprocessors, stream);
+  return launch_weight_only_tiles(p, splits ? kParts : 1, stream);
 }
 
 }  // namespace torchweld::kernels::cuda

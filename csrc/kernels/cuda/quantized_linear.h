@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/cuda/linear_end.h"
+#include "kernels/cuda/linear_path.h"
 #include "kernels/quantized_linear.h"
 
 namespace torchweld::kernels::cuda {
@@ -33,9 +34,19 @@ struct QuantizedLinearParams {
   int64_t group_quads;       // 0: a row has one scale, the epilogue's
   const float* group_scale;  // [rows][groups] otherwise, and the epilogue has none
   LinearEnd end;
+  // If more than one, each of so many blocks sums a part of K to `parts`, [splits][rows][columns],
+  // and a second kernel finishes. Only for what is one sum.
+  int64_t splits;
+  int32_t* parts;
 };
 
-cudaError_t launch_quantized_linear(const QuantizedLinearParams&, int multiprocessors,
+// Whether all of K is one sum, and not groups or more than int32 holds: what all paths can make.
+// For the others there are small tiles, and few rows if groups are whole steps.
+constexpr bool is_one_sum(int64_t quads, int64_t group_quads) {
+  return group_quads == 0 && quads * kQuad <= kMaxSummed;
+}
+
+cudaError_t launch_quantized_linear(const QuantizedLinearParams&, LinearPath, int multiprocessors,
                                     cudaStream_t);
 
 // The same for rows that are quantized on the way, once in every block: fewer launches, where so
@@ -45,12 +56,14 @@ bool quantizes_on_the_way(int64_t rows, int64_t in_features, int64_t group_size)
 cudaError_t launch_quantized_linear_of(DType, const QuantizeRows&, const QuantizedLinearParams&,
                                        int multiprocessors, cudaStream_t);
 
-// Rows up to which launch_quantized_linear() sums without tiles.
-inline constexpr int64_t kFewRows = 32;
-// The launches behind it: of one sum; of tiles; of sums that int32 holds for `quads` only.
+// The launches behind it: of one sum; of groups; of tiles; of sums that int32 holds for `quads`
+// only; of one sum, on compute capability 9.0 of a build with sm_90a; of the parts of a sum.
 cudaError_t launch_few_rows(const QuantizedLinearParams&, int multiprocessors, cudaStream_t);
-cudaError_t launch_tiles(const QuantizedLinearParams&, int multiprocessors, cudaStream_t);
+cudaError_t launch_few_groups(const QuantizedLinearParams&, cudaStream_t);
+cudaError_t launch_tiles(const QuantizedLinearParams&, bool large, cudaStream_t);
 cudaError_t launch_long_sums(const QuantizedLinearParams&, int64_t quads, cudaStream_t);
+cudaError_t launch_warpgroups(const QuantizedLinearParams&, bool wide, cudaStream_t);
+cudaError_t launch_join_parts(const QuantizedLinearParams&, cudaStream_t);
 
 // The gradient for the input, grad @ (weight_scale * weight). Scaled gradients are cut into parts
 // of 8 bits, bfloat16 numbers that together are the float (two of three are enough for a 16-bit

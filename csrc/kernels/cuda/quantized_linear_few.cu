@@ -4,106 +4,69 @@
 // the order in which the warps add theirs together does not show.
 #include "kernels/cuda/async.h"
 #include "kernels/cuda/linear_epilogue.h"
-#include "kernels/cuda/mma.h"
 #include "kernels/cuda/quantize_row.h"
-#include "kernels/cuda/quantized_linear.h"
+#include "kernels/cuda/quantized_linear_few.h"
+#include "kernels/cuda/quantized_linear_parts.h"
 
 namespace torchweld::kernels::cuda {
 namespace {
 
 constexpr int kMostThreads = 512;
 constexpr int kLeastThreads = 256;
-constexpr int kColumns = 2 * static_cast<int>(kPanelColumns);
-constexpr int kAhead = 2;  // steps
+constexpr int kColumns = static_cast<int>(kFewColumns);  // two panels
+constexpr int kAhead = 2;                                // steps
 
-// The part of K that a warp has, for 8 kTiles rows.
+// The part of K that a warp has.
 template <int kTiles>
 class FewRows {
  public:
-  TORCHWELD_INLINE explicit FewRows(const QuantizedLinearParams& params)
-      : quads_(params.quads), rows_(params.rows), g_(threadIdx.x % 32 / 4), t_(threadIdx.x % 4) {
-    const int64_t steps = (params.quads + kStepQuads - 1) / kStepQuads, warp = threadIdx.x / 32;
+  TORCHWELD_INLINE FewRows(const QuantizedLinearParams& params, const KPart& part)
+      : lane_(params, part.block) {
+    const int64_t steps = tiles_of(params.quads, kStepQuads), warp = threadIdx.x / 32;
     const int64_t warps = blockDim.x / 32;
-    step_ = steps * warp / warps;
-    end_ = steps * (warp + 1) / warps;
-    const int64_t panel = 2 * static_cast<int64_t>(blockIdx.x) + g_ / 4;
-    // Of a panel that does not exist no quad does.
-    if (panel * kPanelColumns >= params.columns) quads_ = 0;
-    weight_ = params.panels + panel * params.quads * kPanelColumns * kQuad + g_ % 4 * 16;
+    step_ = part.begin(steps, warps, warp);
+    end_ = part.end(steps, warps, warp);
 #pragma unroll
     for (int ahead = 0; ahead < kAhead; ++ahead) load(step_ + ahead, words_[ahead]);
   }
 
   TORCHWELD_INLINE void multiply(const int8_t* quantized, int64_t stride) {
-    const int8_t* row = quantized + g_ * stride + t_ * 16;
     for (; step_ < end_; step_ += kAhead) {
 #pragma unroll
       for (int ahead = 0; ahead < kAhead; ++ahead) {
         const int64_t step = step_ + ahead;
-        if (step < end_) multiply_step(row + step * kStep, stride, words_[ahead]);
+        if (step < end_) lane_.multiply(quantized, stride, step, words_[ahead]);
         load(step + kAhead, words_[ahead]);
       }
     }
   }
 
   // To sums[row][kColumns] of the block.
-  TORCHWELD_INLINE void add_to(int32_t* sums) const {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int row = tile * 8 + 2 * t_ + i % 2, column = 4 * g_ + i / 2;
-        atomicAdd(sums + row * kColumns + column, sum_[tile][i / 4][i % 4]);
-      }
-    }
+  TORCHWELD_INLINE void add_to(int32_t* sums) {
+    lane_.take_sums(
+        [&](int row, int column, int32_t sum) { atomicAdd(sums + row * kColumns + column, sum); });
   }
 
  private:
   TORCHWELD_INLINE void load(int64_t step, Word (&words)[4]) const {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int64_t quad = step * kStepQuads + 4 * t_ + c;
-      words[c] = {};
-      if (step < end_ && quad < quads_) {
-        words[c] = __ldcg(reinterpret_cast<const Word*>(weight_ + quad * kPanelColumns * kQuad));
-      }
-    }
+    lane_.load(step, step < end_, words);
   }
 
-  TORCHWELD_INLINE void multiply_step(const int8_t* row, int64_t stride, const Word (&words)[4]) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      Word x{};
-      if (tile * 8 + g_ < rows_) x = *reinterpret_cast<const Word*>(row + tile * 8 * stride);
-      multiply_word({x.x, x.y}, words[0], words[1], sum_[tile]);
-      multiply_word({x.z, x.w}, words[2], words[3], sum_[tile]);
-    }
-  }
-
-  TORCHWELD_INLINE static void multiply_word(const uint32_t (&x)[2], const Word& low,
-                                             const Word& high, int32_t (&sum)[2][4]) {
-    mma_s8(sum[0], {low.x, low.y, high.x, high.y}, x);
-    mma_s8(sum[1], {low.z, low.w, high.z, high.w}, x);
-  }
-
-  int64_t quads_, rows_, step_, end_;
-  int g_, t_;
-  const int8_t* weight_;
+  FewLane<kTiles> lane_;
+  int64_t step_, end_;
   Word words_[kAhead][4];
-  // Columns 4 g + 2 i, 4 g + 2 i + 1 of rows 2 t and 2 t + 1.
-  int32_t sum_[kTiles][2][4] = {};
 };
 
 template <int kTiles>
-TORCHWELD_INLINE void finish(const QuantizedLinearParams& params, const int32_t* sums) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kColumns;
-  const FourColumns columns(params.end, first + threadIdx.x % 8 * 4, params.columns);
+TORCHWELD_INLINE void finish(const QuantizedLinearParams& params, const LinearEnd& end,
+                             int64_t block, const int32_t* sums) {
+  const FourColumns columns(end, block * kColumns + threadIdx.x % 8 * 4, params.columns);
   if (columns.count <= 0) return;
   const int row = static_cast<int>(threadIdx.x) / 8;
   if (row >= params.rows) return;
   int32_t sum[4];
   memcpy(sum, sums + row * kColumns + threadIdx.x % 8 * 4, sizeof sum);
-  columns.finish(params.end, row, sum);
+  columns.finish(end, row, sum);
 }
 
 template <int kTiles>
@@ -116,13 +79,14 @@ template <int kTiles>
 __global__ void __launch_bounds__(kMostThreads) multiply_few(QuantizedLinearParams params) {
   static_assert(8 * kTiles <= kLeastThreads / 8);
   alignas(16) __shared__ int32_t sums[8 * kTiles * kColumns];
-  FewRows<kTiles> rows(params);
+  const KPart part(params, tiles_of(params.columns, kColumns));
+  FewRows<kTiles> rows(params, part);
   clear<kTiles>(sums);
   __syncthreads();
   rows.multiply(params.quantized, params.quantized_stride);
   rows.add_to(sums);
   __syncthreads();
-  finish<kTiles>(params, sums);
+  finish<kTiles>(params, part.end_of(params), part.block, sums);
 }
 
 constexpr int64_t kMostOnTheWay = 4;
@@ -142,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
   alignas(16) __shared__ int32_t sums[8 * kColumns];
   __shared__ typename Quantizer::Shared shared[kMostOnTheWay];
   __shared__ float scale[kMostOnTheWay];
-  FewRows<1> rows(params);
+  FewRows<1> rows(params, KPart(params, gridDim.x));
   auto* const quantized = reinterpret_cast<int8_t*>(memory);
   for (int64_t row = 0; row < from.rows; ++row) {
     scale[row] = Quantizer::run(static_cast<const T*>(from.input) + row * from.input_stride,
@@ -156,12 +120,12 @@ __global__ void __launch_bounds__(kThreads)
   rows.add_to(sums);
   __syncthreads();
   params.end.of.input_scale = scale;
-  finish<1>(params, sums);
+  finish<1>(params, params.end, blockIdx.x, sums);
 }
 
 struct Grid {
   Grid(const QuantizedLinearParams& params, int multiprocessors)
-      : blocks(params.rows == 0 ? 0 : (params.columns + kColumns - 1) / kColumns),
+      : blocks(params.rows == 0 ? 0 : tiles_of(params.columns, kColumns)),
         // Small blocks go several to a multiprocessor, where there are enough of them.
         threads(blocks < 2 * multiprocessors ? kMostThreads : kLeastThreads) {}
   int64_t blocks;
@@ -202,7 +166,7 @@ cudaError_t launch_few_rows(const QuantizedLinearParams& params, int multiproces
                       : params.rows <= 16 ? multiply_few<2>
                                           : multiply_few<4>;
   const Grid grid(params, multiprocessors);
-  return launch(kernel, grid.blocks, grid.threads, stream, params);
+  return launch(kernel, KPart::blocks(params, grid.blocks), grid.threads, stream, params);
 }
 
 }  // namespace torchweld::kernels::cuda

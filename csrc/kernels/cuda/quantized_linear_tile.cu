@@ -7,7 +7,7 @@
 #include "kernels/cuda/async.h"
 #include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/mma.h"
-#include "kernels/cuda/quantized_linear.h"
+#include "kernels/cuda/quantized_linear_parts.h"
 
 namespace torchweld::kernels::cuda {
 namespace {
@@ -31,21 +31,14 @@ struct Size {
 // Pieces of 16 bytes of a panel are kept where the 8 lanes that read at once find 8 banks.
 TORCHWELD_INLINE int place_of(int piece) { return piece ^ ((piece >> 4 & 3) << 1); }
 
-// The tile of this block. Neighbours in a band of kBand rows of tiles run at about the same time,
-// and find what they share in the second cache.
+// The first row and column of the tile of a block.
 struct Place {
-  static constexpr int64_t kBand = 8;
-
   template <class S>
-  TORCHWELD_INLINE Place(const QuantizedLinearParams& params, S) {
-    const int64_t down = (params.rows + S::kRows - 1) / S::kRows;
-    const int64_t across = (params.columns + S::kColumns - 1) / S::kColumns;
-    const int64_t first = blockIdx.x / (kBand * across) * kBand;
-    const int64_t height = down - first < kBand ? down - first : kBand;
-    const int64_t in_band = blockIdx.x % (kBand * across);
-    row = (first + in_band % height) * S::kRows;
-    column = in_band / height * S::kColumns;
-  }
+  TORCHWELD_INLINE Place(const QuantizedLinearParams& params, int64_t block, S)
+      : tile(block, tiles_of(params.rows, S::kRows), tiles_of(params.columns, S::kColumns)),
+        row(tile.row * S::kRows),
+        column(tile.column * S::kColumns) {}
+  TilePlace tile;
   int64_t row, column;
 };
 
@@ -162,8 +155,8 @@ class Warp {
   }
 
   // Lays the sums out by rows in memory that is the warp's own, and finishes them there.
-  TORCHWELD_INLINE void finish(const QuantizedLinearParams& params, const Place& at,
-                               unsigned char* memory) const {
+  TORCHWELD_INLINE void finish(const QuantizedLinearParams& params, const LinearEnd& end,
+                               const Place& at, unsigned char* memory) const {
     constexpr int kPieces = 8 * kPairs;  // four columns each, of a row
     auto* const words =
         reinterpret_cast<Sum*>(memory + threadIdx.x / 32 * Size<kPairs, kTiles>::kWarpBytes);
@@ -181,7 +174,7 @@ class Warp {
     }
     __syncwarp();
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const FourColumns columns(params.end, at.column + column_ + lane % kPieces * 4, params.columns);
+    const FourColumns columns(end, at.column + column_ + lane % kPieces * 4, params.columns);
     if (columns.count <= 0) return;
     const int64_t first = at.row + row_;
     for (int row = lane / kPieces; row < 8 * kTiles; row += 32 / kPieces) {
@@ -189,7 +182,7 @@ class Warp {
       const int piece = (lane % kPieces) ^ ((row >> 1 & 3) << 1);
       Sum four[4];
       memcpy(four, words + (row * kPieces + piece) * 4, sizeof four);
-      columns.finish(params.end, first + row, four);
+      columns.finish(end, first + row, four);
     }
   }
 
@@ -212,23 +205,24 @@ template <class Total, int kPairs, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2) multiply_tile(QuantizedLinearParams params) {
   using S = Size<kPairs, kTiles>;
   TORCHWELD_DYNAMIC_SHARED(memory);
-  const Place at(params, S{});
-  const int64_t steps = (params.quads + kStepQuads - 1) / kStepQuads;
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) copy_step<S>(params, at, step, memory + step * S::kStageBytes);
+  const KPart part(params, tiles_of(params.rows, S::kRows) * tiles_of(params.columns, S::kColumns));
+  const Place at(params, part.block, S{});
+  const int64_t all = tiles_of(params.quads, kStepQuads);
+  const int64_t begin = part.begin(all), steps = part.end(all);
+  const auto copy = [&](int64_t step) {
+    if (step < steps) copy_step<S>(params, at, step, memory + step % kStages * S::kStageBytes);
     commit_copies();
-  }
+  };
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) copy(begin + step);
   const int64_t group_quads = params.group_quads;
   const int64_t groups = group_quads ? (params.quads + group_quads - 1) / group_quads : 1;
   int64_t group = 0;
   Warp<Total, kPairs, kTiles> warp;
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int64_t step = begin; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the step is there for all, and what was read before may be overwritten
-    const int64_t next = step + kStages - 1;
-    if (next < steps) copy_step<S>(params, at, next, memory + next % kStages * S::kStageBytes);
-    commit_copies();
+    copy(step + kStages - 1);
     const unsigned char* stage = memory + step % kStages * S::kStageBytes;
     if constexpr (__is_same(Total, int32_t)) {
       warp.template multiply<true>(stage, 0, kStepQuads);
@@ -250,16 +244,15 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_tile(QuantizedLinearPara
   }
   wait_for_copies<0>();
   __syncthreads();
-  warp.finish(params, at, memory);
+  warp.finish(params, part.end_of(params), at, memory);
 }
 
 template <class Total, int kPairs, int kTiles>
 cudaError_t launch_size(const QuantizedLinearParams& params, cudaStream_t stream) {
   using S = Size<kPairs, kTiles>;
-  const int64_t down = (params.rows + S::kRows - 1) / S::kRows;
-  const int64_t across = (params.columns + S::kColumns - 1) / S::kColumns;
-  return launch_with_shared(multiply_tile<Total, kPairs, kTiles>, down * across, kThreads,
-                            kStages * S::kStageBytes, stream, params);
+  const int64_t tiles = tiles_of(params.rows, S::kRows) * tiles_of(params.columns, S::kColumns);
+  return launch_with_shared(multiply_tile<Total, kPairs, kTiles>, KPart::blocks(params, tiles),
+                            kThreads, kStages * S::kStageBytes, stream, params);
 }
 
 }  // namespace
@@ -271,25 +264,42 @@ cudaError_t launch_long_sums(const QuantizedLinearParams& params, int64_t quads,
   return launch_size<int64_t, 1, 4>(blocks, stream);
 }
 
-cudaError_t launch_tiles(const QuantizedLinearParams& params, int multiprocessors,
-                         cudaStream_t stream) {
+cudaError_t launch_tiles(const QuantizedLinearParams& params, bool large, cudaStream_t stream) {
   if (params.group_quads != 0) return launch_size<float, 1, 4>(params, stream);
-  if (params.quads * kQuad > kMaxSummed) {
-    return launch_long_sums(params, kLongGroupQuads, stream);
-  }
-  // Large tiles read less, but there must be one for every multiprocessor.
-  using Large = Size<2, 8>;
-  const int64_t large = ((params.rows + Large::kRows - 1) / Large::kRows) *
-                        ((params.columns + Large::kColumns - 1) / Large::kColumns);
-  return large < multiprocessors ? launch_size<int32_t, 1, 4>(params, stream)
-                                 : launch_size<int32_t, 2, 8>(params, stream);
+  if (!is_one_sum(params.quads, 0)) return launch_long_sums(params, kLongGroupQuads, stream);
+  return large ? launch_size<int32_t, 2, 8>(params, stream)
+               : launch_size<int32_t, 1, 4>(params, stream);
 }
 
-cudaError_t launch_quantized_linear(const QuantizedLinearParams& params, int multiprocessors,
-                                    cudaStream_t stream) {
-  const bool is_one_sum = params.group_quads == 0 && params.quads * kQuad <= kMaxSummed;
-  return params.rows <= kFewRows && is_one_sum ? launch_few_rows(params, multiprocessors, stream)
-                                               : launch_tiles(params, multiprocessors, stream);
+namespace {
+
+cudaError_t launch_sums(const QuantizedLinearParams& params, LinearPath path, int multiprocessors,
+                        cudaStream_t stream) {
+  if (path == LinearPath::few_rows && params.group_quads > 0 &&
+      params.group_quads % kStepQuads == 0) {
+    return launch_few_groups(params, stream);
+  }
+  if (!is_one_sum(params.quads, params.group_quads)) path = LinearPath::small_tiles;
+  switch (path) {
+    case LinearPath::few_rows:
+      return launch_few_rows(params, multiprocessors, stream);
+    case LinearPath::warpgroups:
+    case LinearPath::wide_warpgroups:
+      return launch_warpgroups(params, path == LinearPath::wide_warpgroups, stream);
+    case LinearPath::small_tiles:
+    case LinearPath::large_tiles:
+      break;
+  }
+  return launch_tiles(params, path == LinearPath::large_tiles, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_quantized_linear(const QuantizedLinearParams& params, LinearPath path,
+                                    int multiprocessors, cudaStream_t stream) {
+  const cudaError_t error = launch_sums(params, path, multiprocessors, stream);
+  if (error != cudaSuccess || params.splits <= 1) return error;
+  return launch_join_parts(params, stream);
 }
 
 }  // namespace torchweld::kernels::cuda

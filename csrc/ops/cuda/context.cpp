@@ -74,6 +74,13 @@ int CudaContext::multiprocessors() const {
   return count;
 }
 
+int CudaContext::capability() const {
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
+  return 10 * major + minor;
+}
+
 unsigned long long CudaContext::capture() const {
   cudaStreamCaptureStatus status;
   unsigned long long id = 0;

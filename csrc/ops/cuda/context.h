@@ -19,6 +19,9 @@ class CudaContext {
 
   int multiprocessors() const;
 
+  // 90 for compute capability 9.0.
+  int capability() const;
+
   // The graph being captured on the stream, told from any other one; 0 if there is none.
   unsigned long long capture() const;
 

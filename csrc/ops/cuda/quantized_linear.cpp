@@ -5,6 +5,7 @@
 #include "kernels/cuda/quantized_linear.h"
 #include "ops/cuda/context.h"
 #include "ops/cuda/linear.h"
+#include "ops/cuda/linear_path.h"
 
 namespace torchweld::ops {
 namespace {
@@ -44,18 +45,27 @@ void multiply(const CudaContext& context, const Product& of, const F& end_at) {
                                .columns = shape.out_features,
                                .group_quads = of.group_size / kQuad,
                                .group_scale = nullptr,
-                               .end = end_at(0)};
-  const int multiprocessors = context.multiprocessors();
-  if (of.input_scale == nullptr &&
-      quantizes_on_the_way(shape.rows, shape.in_features, of.group_size)) {
-    return context.check(
-        launch_quantized_linear_of(input.dtype, from, params, multiprocessors, context.stream()));
-  }
+                               .end = end_at(0),
+                               .splits = 1,
+                               .parts = nullptr};
+  const LinearDevice device = linear_device(context);
   const int64_t chunk = rows_at_a_time(shape.rows, from.quantized_stride);
+  const LinearPath path = linear_path(chunk, shape.out_features, device);
+  if (path == LinearPath::few_rows && of.input_scale == nullptr &&
+      quantizes_on_the_way(shape.rows, shape.in_features, of.group_size)) {
+    return context.check(launch_quantized_linear_of(input.dtype, from, params,
+                                                    device.multiprocessors, context.stream()));
+  }
+  if (is_one_sum(params.quads, params.group_quads)) {
+    params.splits = choose_splits(path, chunk, shape.out_features, shape.in_features, device);
+  }
   CudaScratch scratch;
   const auto quantized_at = scratch.reserve<int8_t>(chunk * from.quantized_stride);
   const auto scale_at = scratch.reserve<float>(of.input_scale == nullptr ? chunk * groups : 0);
+  const auto parts_at =
+      scratch.reserve<int32_t>(params.splits > 1 ? params.splits * chunk * shape.out_features : 0);
   scratch.allocate(of.input);
+  params.parts = scratch.at<int32_t>(parts_at);
   from.quantized = scratch.at<int8_t>(quantized_at);
   params.quantized = from.quantized;
   for (int64_t row = 0; row < shape.rows; row += chunk) {
@@ -67,7 +77,7 @@ void multiply(const CudaContext& context, const Product& of, const F& end_at) {
     params.end = end_at(row);
     if (of.group_size == 0) params.end.of.input_scale = from.scale;
     params.group_scale = from.scale;
-    context.check(launch_quantized_linear(params, multiprocessors, context.stream()));
+    context.check(launch_quantized_linear(params, path, device.multiprocessors, context.stream()));
   }
 }
 

@@ -5,6 +5,7 @@
 #include "kernels/cuda/quantized_linear.h"
 #include "ops/cuda/context.h"
 #include "ops/cuda/linear.h"
+#include "ops/cuda/linear_path.h"
 
 namespace torchweld::ops {
 namespace {
@@ -56,7 +57,9 @@ void multiply(const CudaContext& context, const LinearInt4Shape& shape, const Te
   scratch.allocate(input);
   auto* const quantized = scratch.at<int8_t>(quantized_at);
   params.quantized = quantized;
-  const int multiprocessors = context.multiprocessors();
+  const LinearPath path =
+      linear_path(chunk, shape.out_features,
+                  {.multiprocessors = context.multiprocessors(), .has_wgmma = false});
   for (int64_t row = 0; row < shape.rows; row += chunk) {
     params.rows = std::min(chunk, shape.rows - row);
     float* const scale = input_scale ? input_scale + row : scratch.at<float>(scale_at);
@@ -73,7 +76,7 @@ void multiply(const CudaContext& context, const LinearInt4Shape& shape, const Te
     params.end = end_at(row);
     params.end.of.input_scale = scale;
     if (sums) params.sums = sums + row * shape.groups * shape.out_features;
-    context.check(launch_linear_int4(params, multiprocessors, context.stream()));
+    context.check(launch_linear_int4(params, path, context.stream()));
   }
 }
 

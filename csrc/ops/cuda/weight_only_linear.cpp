@@ -1,6 +1,7 @@
 #include "kernels/cuda/linear_weight_only.h"
 #include "ops/cuda/context.h"
 #include "ops/cuda/linear.h"
+#include "ops/cuda/linear_path.h"
 #include "ops/quantized_linear.h"
 
 namespace torchweld::ops {
@@ -25,7 +26,7 @@ Tensor weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scal
   if (output.numel() == 0) return output;
   const Input rows(input);
   const Tensor weight = aligned(packed_weight);
-  const int multiprocessors = context.multiprocessors();
+  const LinearDevice device{.multiprocessors = context.multiprocessors(), .has_wgmma = false};
   // float32 rows may take six bytes an element. A last chunk of few rows is multiplied as a call of
   // few rows is.
   const int64_t chunk = rows_at_a_time(shape.rows, 6 * in_features);
@@ -39,14 +40,16 @@ Tensor weight_only_linear(Tensor input, Tensor packed_weight, Tensor weight_scal
                             .panels = weight.const_data_ptr<int8_t>(),
                             .columns = shape.out_features,
                             .end = tail.at(row),
+                            .path = {},
                             .scratch = nullptr};
+    params.path = linear_path(params.rows, shape.out_features, device);
     params.end.of.weight_scale = weight_scale.const_data_ptr<float>();
     if (const int64_t bytes = weight_only_scratch(params)) {
       const auto place = scratch.emplace().reserve<char>(bytes);
       scratch->allocate(input);
       params.scratch = scratch->at<char>(place);
     }
-    context.check(launch_linear_weight_only(params, multiprocessors, context.stream()));
+    context.check(launch_linear_weight_only(params, context.stream()));
   }
   return output;
 }
