@@ -214,9 +214,9 @@ TORCHWELD_INLINE ChannelNorm norm_of(const BatchNormInput& bn, int64_t c) {
 
 // f(Activate<...>) for the activation.
 template <class T, class F>
-TORCHWELD_INLINE void with_activation(const BatchNormInput& bn, const F& f) {
-  const auto slope = static_cast<typename Math<T>::Scalar>(bn.negative_slope);
-  switch (bn.activation) {
+TORCHWELD_INLINE void with_activation(Activation activation, double negative_slope, const F& f) {
+  const auto slope = static_cast<typename Math<T>::Scalar>(negative_slope);
+  switch (activation) {
     case Activation::identity:
       return f(Activate<Activation::identity, T>{slope});
     case Activation::relu:
@@ -230,6 +230,10 @@ TORCHWELD_INLINE void with_activation(const BatchNormInput& bn, const F& f) {
     case Activation::hardswish:
       return f(Activate<Activation::hardswish, T>{slope});
   }
+}
+template <class T, class F>
+TORCHWELD_INLINE void with_activation(const BatchNormInput& bn, const F& f) {
+  with_activation<T>(bn.activation, bn.negative_slope, f);
 }
 
 // What a thread normalizes its elements with. A block computes it once for all its threads, which
