@@ -246,9 +246,14 @@ CUDA_CONV = [
         ("r50 1024->256 1x1 @14", (1024, 256, 1, 14), {}),
         ("r50 512->2048 1x1 @7", (512, 2048, 1, 7), {}),
         ("mbv2 depthwise 144 3x3 @56", (144, 144, 3, 56), {"groups": 144}),
+        ("mbv2 depthwise 96 3x3/2 @112", (96, 96, 3, 112), {"groups": 96, "stride": 2}),
+        ("effnet depthwise 240 5x5 @28", (240, 240, 5, 28), {"groups": 240}),
     )
 ]  # fmt: skip
-CUDA_CONV_QUICK = [ConvCase("16->24 3x3 @8, batch 4", 4, 16, 24, 3, 8)]
+CUDA_CONV_QUICK = [
+    ConvCase("16->24 3x3 @8, batch 4", 4, 16, 24, 3, 8),
+    ConvCase("depthwise 16 3x3 @8, batch 4", 4, 16, 16, 3, 8, groups=16),
+]
 CUDA_TRAINING = [ModelCase("ResNet-50", models.resnet50, n) for n in (256, 32)]
 CUDA_INFERENCE = [ModelCase("ResNet-50", models.resnet50, n) for n in (1, 32, 256)]
 

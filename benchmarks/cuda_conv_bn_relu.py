@@ -1,5 +1,8 @@
 """conv-bn-relu on a GPU: layers and ResNet-50 under autocast, channels last, and inference.
 
+Where the rule of csrc/ops/cuda/rule.h takes another convolution than ATen's, ours also runs with
+ATen's: ``benchmarks.cuda_rule`` says of the record where the rule loses.
+
 ``layers`` and ``models`` list the jobs. All contenders, stock ones too, get what stock is fastest
 with: channels_last, and bfloat16 or float16 by autocast in training, as they are in inference.
 """
@@ -15,7 +18,7 @@ import torch
 import torchweld as tw
 from torch import Tensor, nn
 
-from benchmarks import bench_conv_bn_relu, bench_models, cases
+from benchmarks import bench_conv_bn_relu, bench_models, cases, inference
 from benchmarks.device import Device
 from benchmarks.harness import Contender, Job, Setup
 from benchmarks.kept import kept_bytes
@@ -60,6 +63,8 @@ class Precision:
         return torch.autocast(device.type, self.dtype if enabled else None, enabled=enabled)
 
 
+AROUND_ATEN = "torchweld around ATen's convolution"
+
 BFLOAT16 = Precision(torch.bfloat16, 0.03, 0.05)
 FLOAT16 = Precision(torch.float16, 0.005, 0.01)
 FLOAT32 = Precision(torch.float32, 0.005, 0.005)
@@ -72,6 +77,9 @@ def layers(quick: bool, compiled: bool, device: Device) -> Iterator[Job]:
         for case in found if precision is BFLOAT16 else found[len(found) // 2 :]:
             setup = partial(training, case, precision, compiled and precision is BFLOAT16, device)
             yield Job(f"conv_bn_relu training {precision.name} on cuda", case.name, setup)
+        for case in found[len(found) // 2 :]:
+            setup = partial(folded, case, precision, compiled and precision is BFLOAT16, device)
+            yield Job(f"conv_bn_relu inference {precision.name} on cuda", case.name, setup)
 
 
 def models(quick: bool, compiled: bool, device: Device) -> Iterator[Job]:
@@ -108,12 +116,52 @@ def training(case: cases.ConvCase, precision: Precision, compiled: bool, device:
     contenders = [contender("eager", lambda layer: layer)]
     if compiled:
         contenders.append(contender("torch.compile", torch.compile))
-    contenders.append(
-        contender("torchweld", lambda it: tw.nn.ConvBNReLU2d.from_float(it[0], it[1]), OURS)
-    )
+
+    def weld(layer: nn.Sequential) -> nn.Module:
+        return tw.nn.ConvBNReLU2d.from_float(layer[0], layer[1])
+
+    contenders.append(contender("torchweld", weld, OURS))
     contenders[-1].asked = {"eager": 1.25 if case.kernel == 1 or case.size == 56 else 1.0}
+    if case.groups > 1:
+        contenders.append(around_aten(contender("", weld, OURS)))
     sizes = bench_conv_bn_relu.sizes(case)
     cost = Cost.layer(*sizes, case.operations, training=True, unit=precision.unit)
+    return Setup(contenders, expected, [cost], device)
+
+
+def around_aten(ours: Contender) -> Contender:
+    """Return the same with ATen's convolution."""
+
+    def run() -> Sequence[Tensor]:
+        before = tw.config.convolution
+        tw.config.convolution = "aten"
+        try:
+            return ours.run()
+        finally:
+            tw.config.convolution = before
+
+    return replace(ours, name=AROUND_ATEN, run=run, asked={})
+
+
+def folded(case: cases.ConvCase, precision: Precision, compiled: bool, device: Device) -> Setup:
+    with torch.device(device.type):
+        p = bench_conv_bn_relu.problem(case, frozen=True)
+    x = p.input.to(precision.dtype, memory_format=NHWC)
+    stock = bench_conv_bn_relu.stock_layer(p).to(device.type)
+    with torch.no_grad():
+        expected = [copy.deepcopy(stock).double()(x.double()).float()]
+    half = stock.to(precision.dtype, memory_format=NHWC)
+    welded = tw.weld(half, inference=True)
+    ways = {"eager": half}
+    if compiled:
+        ways["torch.compile"] = torch.compile(copy.deepcopy(half))
+    contenders = [
+        inference.contender(name, way, x, precision.tolerance) for name, way in ways.items()
+    ]
+    contenders.append(inference.contender("torchweld", welded, x, precision.tolerance, OURS))
+    contenders[-1].asked = {"eager": 1.0}
+    contenders.append(around_aten(contenders[-1]))
+    cost = Cost.layer(*bench_conv_bn_relu.sizes(case), case.operations, unit=precision.unit)
     return Setup(contenders, expected, [cost], device)
 
 

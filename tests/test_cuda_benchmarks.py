@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import torchweld as tw
 
 from benchmarks import (
     __main__ as main,
@@ -17,6 +18,7 @@ from benchmarks import (
     cuda_adamw,
     cuda_conv_bn_relu,
     cuda_quantized_linear,
+    cuda_rule,
     harness,
     optimizers,
     plots,
@@ -354,3 +356,36 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["", "--device", "cuda", "--quick"])
     assert main.main() == 2
     assert "--device: expected a GPU" in capsys.readouterr().err
+
+
+def test_rule_is_judged_by_the_record(tmp_path, capsys):
+    path = tmp_path / "bench.csv"
+    times = {"good": (1.0, 1.5), "bad": (1.0, 0.9)}
+
+    def write(*cases):
+        lines = ["op,case,contender,malloc,median_ms"]
+        for case in cases:
+            ours, around = times[case]
+            lines += [
+                f"conv,{case},eager,,2", f"conv,{case},torchweld,,{ours}",
+                f"conv,{case},{cuda_conv_bn_relu.AROUND_ATEN},,{around}",
+            ]  # fmt: skip
+        path.write_text("\n".join([*lines, "conv,alone,torchweld,,1"]))
+
+    write("good")
+    assert cuda_rule.main([str(path)]) == 0
+    write("good", "bad")
+    assert cuda_rule.main([str(path)]) == 1
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines[0] == "  0.90x  conv: bad  LOST"
+    assert lines[1] == "  1.50x  conv: good"
+    write()
+    assert cuda_rule.main([str(path)]) == 1
+
+
+def test_contender_around_aten_leaves_the_switch_as_it_was():
+    job = quick(cuda_conv_bn_relu.layers)[1]
+    before = tw.config.convolution
+    for one in job.setup().contenders:
+        one.run()
+        assert tw.config.convolution == before

@@ -28,6 +28,23 @@ inline Tensor convolution(const Tensor& input, const Tensor& weight,
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// relu(convolution + bias + residual) in one kernel of cuDNN, in the memory format of
+// convolution(); nothing where cuDNN has none. It heeds the switches for TF32 and benchmarking.
+inline std::optional<Tensor> cudnn_convolution_relu(const Tensor& input, const Tensor& weight,
+                                                    const std::optional<Tensor>& bias,
+                                                    const std::optional<Tensor>& residual,
+                                                    const Convolution& conv) {
+  using torch::stable::detail::from;
+  std::vector<StableIValue> stack{from(input), from(weight)};
+  // None: residual counts once. ATen's other kinds of number cannot cross the Stable ABI.
+  if (residual) stack.insert(stack.end(), {from(*residual), from(std::nullopt)});
+  stack.insert(stack.end(), {from(bias), from(conv.stride), from(conv.padding), from(conv.dilation),
+                             from(conv.groups)});
+  const char* name = residual ? "aten::cudnn_convolution_add_relu" : "aten::cudnn_convolution_relu";
+  if (torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) return {};
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // Gradients for input and weight; one that is not asked for is an undefined tensor.
 inline std::tuple<Tensor, Tensor> call_convolution_backward(const Tensor& grad_output,
                                                             const Tensor& input,

@@ -14,8 +14,8 @@
 namespace torchweld {
 namespace {
 
-constexpr const char* kNames[ops::kAlgorithmCount] = {"auto", "aten", "dense", "winograd",
-                                                      "depthwise"};
+constexpr const char* kNames[ops::kAlgorithmCount] = {"auto",     "aten",      "dense",
+                                                      "winograd", "depthwise", "cudnn"};
 
 std::runtime_error misfit(const char* what, const std::string& expected, const std::string& got) {
   return std::runtime_error(std::string("torchweld: ") + what + ": expected " + expected +
@@ -26,7 +26,7 @@ ops::Algorithm to_algorithm(const char* what, const std::string& name) {
   for (std::size_t i = 0; i < ops::kAlgorithmCount; ++i) {
     if (name == kNames[i]) return static_cast<ops::Algorithm>(i);
   }
-  throw misfit(what, "auto, aten, dense, winograd or depthwise", name);
+  throw misfit(what, "auto, aten, dense, winograd, depthwise or cudnn", name);
 }
 
 bool to_switch(const char* what, const std::string& value) {

@@ -2,15 +2,12 @@
 #pragma once
 
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
 
+#include "ops/algorithm.h"
 #include "torchweld/config.h"
 
 namespace torchweld::ops {
-
-enum class Algorithm { automatic, aten, dense, winograd, depthwise };
-inline constexpr std::size_t kAlgorithmCount = 5;
 
 struct Config {
   std::atomic<bool> winograd;

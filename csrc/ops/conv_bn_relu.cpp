@@ -201,6 +201,19 @@ MemoryFormat format_of(const Tensor& x) {
   return x.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
 }
 
+// As c10::is_channels_last_strides_2d.
+bool suggests_channels_last(const Tensor& x) {
+  int64_t least = 0;
+  if (x.stride(1) == 0) return false;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) == 0 || x.stride(d) < least) return false;
+    if (d == 0 && least == x.stride(1)) return false;
+    least = x.stride(d);
+    if (x.size(d) > 1) least *= x.size(d);
+  }
+  return true;
+}
+
 Tensor dense(const Tensor& x) {
   if (x.is_contiguous()) return x;
   return torch::stable::contiguous(

@@ -73,6 +73,10 @@ IntList shape_of(const Tensor& x);  // of 4 dimensions
 // What torch calls the memory of a dense tensor: contiguous, where it could be called either.
 torch::headeronly::MemoryFormat format_of(const Tensor& x);
 
+// Whether torch calls the strides channels_last where a size of 1 leaves that open: ATen's
+// convolution gives channels_last for an input or a weight of which it does.
+bool suggests_channels_last(const Tensor& x);
+
 // A tensor the kernels can walk: contiguous or channels_last.
 Tensor dense(const Tensor& x);
 

@@ -131,6 +131,9 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "int[] padding, int[] dilation, int groups, str algorithm, bool input_grad, "
       "bool weight_grad) -> (Tensor, Tensor)");
 
+  // torchweld::convolution_algorithm() as a number, for the library of the CUDA operators.
+  m.def("_convolution_algorithm() -> int");
+
   // A contiguous copy of a packed int8 or uint8 weight where reading it is fastest.
   m.def("_in_huge_pages(Tensor packed_weight) -> Tensor");
 

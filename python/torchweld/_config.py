@@ -34,10 +34,12 @@ class Config:
 
     @property
     def convolution(self) -> str:
-        """The algorithm of float32 channels_last convolutions (``TORCHWELD_CONVOLUTION``).
+        """The algorithm of channels_last convolutions (``TORCHWELD_CONVOLUTION``).
 
         ``"auto"``: the one expected to be fastest for the shape. ``"aten"``: the vendor's, through
-        ATen. ``"dense"``, ``"winograd"``, ``"depthwise"``: that one wherever it can.
+        ATen. ``"dense"``, ``"winograd"`` (on the CPU), ``"depthwise"``, ``"cudnn"`` (on CUDA: a
+        folded convolution with bias, residual and ReLU in one kernel): that one wherever it can,
+        ATen's elsewhere.
         Setting another name raises RuntimeError.
         """
         return _C.convolution_algorithm()

@@ -63,6 +63,23 @@ def folded(device: str, dtype: torch.dtype, layout: torch.memory_format) -> Resu
         return [block(x)]
 
 
+def depthwise(
+    device: str, dtype: torch.dtype, channels: int, taps: int, stride: int, training: bool
+) -> Results:
+    block = tw.nn.ConvBNReLU2d(channels, channels, taps, stride, taps // 2, groups=channels)
+    block.to(device, memory_format=torch.channels_last)
+    x = torch.randn(2, channels, 9, 11).to(device, dtype, memory_format=torch.channels_last)
+    if not training:
+        snapshot = tw.nn.ConvReLU2d.from_float(block.conv, block.bn.eval()).to(device, dtype)
+        with torch.no_grad():
+            return [snapshot(x)]
+    enabled = dtype != torch.float32
+    with torch.autocast(device, dtype if enabled else None, enabled=enabled):
+        y = block(x.requires_grad_())
+    y.backward(torch.ones_like(y))
+    return [t.detach() for t in (y, x.grad, block.conv.weight.grad)]
+
+
 def linear(
     device: str,
     dtype: torch.dtype,
@@ -119,6 +136,19 @@ def ops() -> Iterator[tuple[str, torch.dtype, Callable[[str], Results]]]:
                 run = lambda d, t=dtype, f=layout, h=how: conv(d, t, f, h)  # noqa: E731
                 yield f"conv_bn_relu {how}, {layout}", dtype, run
             yield f"conv_relu, {layout}", dtype, lambda d, t=dtype, f=layout: folded(d, t, f)
+    for channels, taps, stride in (
+        (24, 3, 1),
+        (16, 3, 2),
+        (40, 5, 1),
+        (8, 5, 2),
+        (7, 3, 1),
+        (8, 7, 1),
+    ):
+        for dtype in TOLERANCE:
+            for training in (True, False):
+                run = lambda d, t=dtype, o=(channels, taps, stride, training): depthwise(d, t, *o)  # noqa: E731
+                name = f"depthwise {channels} {taps}x{taps}/{stride} {'training' * training}"
+                yield name.strip(), dtype, run
     for kind in (tw.nn.QuantizedLinear, tw.nn.WeightOnlyLinear, tw.nn.Int4Linear):
         for sizes in ((45, 77), (64, 256), (1, 33)):
             for dtype in TOLERANCE:

@@ -47,6 +47,22 @@ def test_error_is_no_more_than_twice_that_of_stock(seed, dtype, layout):
     check_against_stock(problem)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 4, 64], ids=lambda n: f"batch {n}")
+def test_batches_of_one_launch_and_of_several(batch, dtype, layout):
+    """Small tensors take one launch for all passes; the last batch is not small."""
+    x = torch.randn(batch, 8, 15, 15, dtype=torch.float64).contiguous(memory_format=layout)
+    problem = make_problem(
+        1, input=x, weight=torch.randn(40, 8, 3, 3, dtype=torch.float64) / 8, conv=(1, 1, 1, 1),
+        residual=torch.randn(batch, 40, 15, 15, dtype=torch.float64), activation="relu",
+        frozen=False, bias=None, bn_weight=torch.rand(40, dtype=torch.float64) + 0.5,
+        bn_bias=torch.randn(40, dtype=torch.float64), running_mean=torch.zeros(40).double(),
+        running_var=torch.ones(40).double(),
+    )  # fmt: skip
+    check_against_stock(moved(problem.to(dtype)))
+
+
 # --- the passes around the convolution -----------------------------------------------------------
 def passes(x, r, g, activation):
     """Everything but the convolution: statistics, and what depends on given ones."""

@@ -10,9 +10,9 @@ import torchweld  # noqa: F401 registers what is replaced
 
 
 def registration() -> str:
-    """Return where the step that a CPU tensor gets was registered."""
-    lines = torch._C._dispatch_dump("torchweld::_adamw_run").splitlines()
-    return next(line for line in lines if line.startswith("CPU:"))
+    """Return where the operator that a CPU tensor gets was registered."""
+    lines = torch._C._dispatch_dump(f"torchweld::{os.environ['TORCHWELD_EMULATED_OP']}")
+    return next(line for line in lines.splitlines() if line.startswith("CPU:"))
 
 
 before = registration()

@@ -13,7 +13,8 @@ TORCHWELD_API bool winograd();
 TORCHWELD_API void set_winograd(bool on);
 
 // Which algorithm convolutions run with where it can: "auto" (default: the one the rule expects to
-// be fastest), "aten" (the vendor's, through ATen), "dense", "winograd" or "depthwise".
+// be fastest), "aten" (the vendor's, through ATen), "dense", "winograd" (both of the CPU),
+// "depthwise" or "cudnn" (of CUDA: a folded convolution, its bias, residual and ReLU in one).
 // TORCHWELD_CONVOLUTION. Setting another name throws std::runtime_error.
 TORCHWELD_API const char* convolution_algorithm();
 TORCHWELD_API void set_convolution_algorithm(const char* name);

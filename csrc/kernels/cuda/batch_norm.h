@@ -107,4 +107,14 @@ struct ApplyParams {
 };
 cudaError_t launch_batch_norm_relu_apply(const ApplyParams& params, cudaStream_t stream);
 
+// --- small tensors -------------------------------------------------------------------------------
+// All passes in one launch, for tensors over which launches take longer than memory does: a block
+// computes statistics, or sums, of its channels and goes on with them. The tensors are those of the
+// launches above, of which these make the results.
+bool batch_norm_is_small(const BatchNormShape& shape);
+cudaError_t launch_batch_norm_relu_train(const StatisticsParams& statistics,
+                                         const BatchNormReLUParams& params, cudaStream_t stream);
+cudaError_t launch_batch_norm_relu_backward(const ReduceParams& sums, const ApplyParams& params,
+                                            cudaStream_t stream);
+
 }  // namespace torchweld::kernels::cuda

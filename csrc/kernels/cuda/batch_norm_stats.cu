@@ -1,58 +1,16 @@
-// Batch statistics: tiles about a center near their mean in the arithmetic type, merged in double.
-#include "kernels/cuda/batch_norm_walk.h"
+// Batch statistics, and the running ones that follow them.
+#include "kernels/cuda/batch_norm_passes.h"
 
 namespace torchweld::kernels::cuda {
 namespace {
 
-// Values of a column that a thread sums up before it merges them, in double.
-constexpr int kTileRows = 32;
-
 template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads, 2)
     statistics(BatchNormShape shape, Walk walk, const T* data, double* scratch) {
-  using Vec = typename Math<T>::Vec;
   // From the end, which the convolution wrote last: it may still be in cache.
   const Walker<kCount> walker(walk, gridDim.x - 1 - blockIdx.x);
   Partial<kCount> mine{};
-  for (int64_t row = walker.row; row < walker.end; row += kTileRows * walk.height) {
-    Vec centers[kCount], sums[kCount] = {}, squares[kCount] = {};
-    int size = 0;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) centers[j] = static_cast<Vec>(mine.first[j]);
-    for (int64_t i = row, last = row + kTileRows * walk.height; i < last && i < walker.end;
-         i += kUnroll<T, kCount> * walk.height) {
-      T x[kUnroll<T, kCount>][kCount];
-      bool found[kUnroll<T, kCount>];
-#pragma unroll
-      for (int u = 0; u < kUnroll<T, kCount>; ++u) {
-        int64_t offset;
-        found[u] = walker.find(i + u * static_cast<int64_t>(walk.height), offset);
-        if (found[u]) load(data + offset, x[u]);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll<T, kCount>; ++u) {
-        if (!found[u]) continue;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          const Vec value = to_vec(x[u][j]);
-          // The first tile has no mean before it: about its first value.
-          if (mine.count == 0 && size == 0) centers[j] = value;
-          const Vec d = value - centers[j];
-          sums[j] += d;
-          squares[j] = fma(d, d, squares[j]);
-        }
-        ++size;
-      }
-    }
-    if (size == 0) continue;
-    const Merge merge{mine.count, static_cast<double>(size)};
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      merge(static_cast<double>(centers[j]), static_cast<double>(sums[j]),
-            static_cast<double>(squares[j]), mine.first[j], mine.second[j]);
-    }
-    mine.count += size;
-  }
+  add_statistics(walker, data, mine);
   write_partial(walker, shape.channels, mine, scratch, MergeStatistics{});
 }
 
@@ -66,11 +24,7 @@ __global__ void __launch_bounds__(kThreads)
     *params.count = static_cast<double>(params.shape.batch * params.shape.pixels);
   }
   if (threadIdx.x >= kFinishChannels || c >= channels) return;
-  const double var = total.count > 0 ? total.second[0] / total.count : 0;
-  if (params.mean != nullptr) params.mean[c] = total.first[0];
-  if (params.m2 != nullptr) params.m2[c] = total.second[0];
-  if (params.var != nullptr) params.var[c] = var;
-  if (params.invstd != nullptr) params.invstd[c] = inverse_std(var, params.eps);
+  write_statistics(params, c, total.count, total.first[0], total.second[0]);
 }
 
 __global__ void __launch_bounds__(kThreads) update_running(UpdateParams params) {

@@ -35,14 +35,14 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // `count`: elements to a group. `blocks`: how many to aim at, by chunks of at least `least` and at
 // most `most` rows to a thread.
 inline Walk walk_over(const BatchNormShape& shape, int count, int64_t blocks, int64_t least,
-                      int64_t most) {
+                      int64_t most, int64_t slice_bytes = kSliceBytes) {
   Walk walk{};
   if (shape.size() == 0) return walk;
   int64_t batch = shape.batch, pixels = shape.pixels;
   if (shape.channels == 1) pixels *= batch, batch = 1;  // one plane, whatever memory is called
   walk.planes = pixels > 1 && (shape.layout == Layout::planes || shape.channels == 1);
   walk.groups = (walk.planes ? pixels : shape.channels) / count;
-  const int64_t slice = kSliceBytes / (count * static_cast<int64_t>(size_of(shape.dtype)));
+  const int64_t slice = slice_bytes / (count * static_cast<int64_t>(size_of(shape.dtype)));
   const int64_t parts = divide_up(walk.groups, walk.planes ? kThreads : slice);
   walk.width = static_cast<int>(divide_up(walk.groups, parts));
   walk.slices = walk.planes ? shape.channels : parts;
@@ -69,6 +69,11 @@ inline Walk walk_to_reduce(const BatchNormShape& shape, int count) {
 // coefficients.
 inline Walk walk_to_map(const BatchNormShape& shape, int count) {
   return walk_over(shape, count, 16 * 132, 1, 16);
+}
+
+// Of a small tensor: a block has its channels all to itself, as few as a sector of memory holds.
+inline Walk walk_alone(const BatchNormShape& shape, int count) {
+  return walk_over(shape, count, 1, 1, INT64_MAX, 32);
 }
 
 // Elements to a group.
@@ -214,9 +219,9 @@ TORCHWELD_INLINE ChannelNorm norm_of(const BatchNormInput& bn, int64_t c) {
 
 // f(Activate<...>) for the activation.
 template <class T, class F>
-TORCHWELD_INLINE void with_activation(const BatchNormInput& bn, const F& f) {
-  const auto slope = static_cast<typename Math<T>::Scalar>(bn.negative_slope);
-  switch (bn.activation) {
+TORCHWELD_INLINE void with_activation(Activation activation, double negative_slope, const F& f) {
+  const auto slope = static_cast<typename Math<T>::Scalar>(negative_slope);
+  switch (activation) {
     case Activation::identity:
       return f(Activate<Activation::identity, T>{slope});
     case Activation::relu:
@@ -230,6 +235,10 @@ TORCHWELD_INLINE void with_activation(const BatchNormInput& bn, const F& f) {
     case Activation::hardswish:
       return f(Activate<Activation::hardswish, T>{slope});
   }
+}
+template <class T, class F>
+TORCHWELD_INLINE void with_activation(const BatchNormInput& bn, const F& f) {
+  with_activation<T>(bn.activation, bn.negative_slope, f);
 }
 
 // What a thread normalizes its elements with. A block computes it once for all its threads, which

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "ops/check.h"
+#include "ops/config.h"
 #include "ops/conv_bn_relu.h"
 #include "ops/memory.h"
 
@@ -120,6 +121,8 @@ std::tuple<Tensor, Tensor> conv_backward(Tensor grad_output, Tensor input, Tenso
   return {grad_input, grad_weight};
 }
 
+int64_t algorithm_asked_for() { return static_cast<int64_t>(config().convolution.load()); }
+
 }  // namespace
 
 ConvolutionShape to_shape(const IntList& input, const Tensor& weight, const Convolution& conv) {
@@ -206,6 +209,10 @@ const ConvolutionAlgorithm* find_algorithm(std::string_view name) {
     if (algorithm().name() == name) return &algorithm();
   }
   return nullptr;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torchweld, CompositeExplicitAutograd, m) {
+  m.impl("_convolution_algorithm", TORCH_BOX(&algorithm_asked_for));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchweld, CPU, m) {

@@ -10,20 +10,6 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
-// As c10::is_channels_last_strides_2d: whether torch calls the strides channels_last where a size
-// of 1 leaves that open.
-bool suggests_channels_last(const Tensor& x) {
-  int64_t least = 0;
-  if (x.stride(1) == 0) return false;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (x.size(d) == 0 || x.stride(d) < least) return false;
-    if (d == 0 && least == x.stride(1)) return false;
-    least = x.stride(d);
-    if (x.size(d) > 1) least *= x.size(d);
-  }
-  return true;
-}
-
 // Whether ours is asked for at all: channels_last by ATen's rule (at::native's
 // mkldnn_conv_use_channels_last), so the output has the strides ATen's would have.
 bool is_ours(const Tensor& input, const Tensor& weight, ScalarType type) {

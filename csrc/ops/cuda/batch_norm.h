@@ -82,43 +82,53 @@ struct Scratch {
   double* data;
 };
 
+// y = activation(norm(x) + residual), where `statistics` finds first what norm reads of the batch,
+// if it is not null.
 inline void normalize(const CudaContext& context, const Tensor& x, const Norm& norm,
-                      const OptionalTensor& residual, const Tensor& y) {
+                      const OptionalTensor& residual, const Tensor& y,
+                      const StatisticsParams* statistics = nullptr) {
   OptionalTensor dense_residual;
   if (residual) dense_residual = laid_out_as(x, *residual);
-  context.check(launch_batch_norm_relu({batch_norm_shape(x), norm.input(), x.const_data_ptr(),
-                                        data_or_null(dense_residual), y.mutable_data_ptr()},
-                                       context.stream()));
+  const BatchNormReLUParams params{batch_norm_shape(x), norm.input(), x.const_data_ptr(),
+                                   data_or_null(dense_residual), y.mutable_data_ptr()};
+  if (statistics != nullptr && batch_norm_is_small(params.shape)) {
+    context.check(launch_batch_norm_relu_train(*statistics, params, context.stream()));
+    return;
+  }
+  if (statistics != nullptr) {
+    context.check(launch_batch_norm_statistics(*statistics, context.stream()));
+  }
+  context.check(launch_batch_norm_relu(params, context.stream()));
 }
 
-struct Sums {
-  Tensor g, g_xhat;
+// Sums of g and g * xhat per channel; also as gradients of parameters, where there is a tensor for
+// one. The tensors must outlive the launch alone.
+struct Reduction {
+  Reduction(const Tensor& x, const Norm& norm, const OptionalTensor& residual, const Tensor& grad_y,
+            const OptionalTensor& grad_bn_weight = std::nullopt,
+            const OptionalTensor& grad_bn_bias = std::nullopt,
+            const OptionalTensor& grad_bias = std::nullopt)
+      : sum_g(doubles(x, x.size(1))), sum_g_xhat(doubles(x, x.size(1))), scratch(x) {
+    const auto result = [](const OptionalTensor& tensor) {
+      return tensor ? ChannelResult{tensor->mutable_data_ptr(), dtype_of(*tensor)}
+                    : ChannelResult{};
+    };
+    params = {.shape = batch_norm_shape(x),
+              .bn = norm.input(),
+              .x = x.const_data_ptr(),
+              .residual = data_or_null(residual),
+              .grad_y = grad_y.const_data_ptr(),
+              .scratch = scratch.data,
+              .sum_g = data_of(sum_g),
+              .sum_g_xhat = data_of(sum_g_xhat),
+              .grad_weight = result(grad_bn_weight),
+              .grad_bias = result(grad_bn_bias),
+              .grad_shift = result(grad_bias)};
+  }
+
+  Tensor sum_g, sum_g_xhat;
+  Scratch scratch;
+  ReduceParams params;
 };
-
-// Per channel; also as gradients of parameters, where there is a tensor for one.
-inline Sums reduce(const CudaContext& context, const Tensor& x, const Norm& norm,
-                   const OptionalTensor& residual, const Tensor& grad_y,
-                   const OptionalTensor& grad_bn_weight = std::nullopt,
-                   const OptionalTensor& grad_bn_bias = std::nullopt,
-                   const OptionalTensor& grad_bias = std::nullopt) {
-  const auto result = [](const OptionalTensor& tensor) {
-    return tensor ? ChannelResult{tensor->mutable_data_ptr(), dtype_of(*tensor)} : ChannelResult{};
-  };
-  const Sums sums{doubles(x, x.size(1)), doubles(x, x.size(1))};
-  const Scratch scratch(x);
-  context.check(launch_batch_norm_relu_reduce({.shape = batch_norm_shape(x),
-                                               .bn = norm.input(),
-                                               .x = x.const_data_ptr(),
-                                               .residual = data_or_null(residual),
-                                               .grad_y = grad_y.const_data_ptr(),
-                                               .scratch = scratch.data,
-                                               .sum_g = data_of(sums.g),
-                                               .sum_g_xhat = data_of(sums.g_xhat),
-                                               .grad_weight = result(grad_bn_weight),
-                                               .grad_bias = result(grad_bn_bias),
-                                               .grad_shift = result(grad_bias)},
-                                              context.stream()));
-  return sums;
-}
 
 }  // namespace torchweld::ops::batch_norm

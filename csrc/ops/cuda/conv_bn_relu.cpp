@@ -2,16 +2,12 @@
 
 #include "ops/check.h"
 #include "ops/cuda/batch_norm.h"
+#include "ops/cuda/convolution.h"
 
 namespace torchweld::ops {
 namespace {
 
 using namespace batch_norm;
-
-Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                const Convolution& conv) {
-  return dense(aten::convolution(input, weight, bias, conv));
-}
 
 // --- training and frozen forward -----------------------------------------------------------------
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
@@ -26,22 +22,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu(
 
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
-  const Tensor x = convolve(input, weight, bias, conv);
+  const Tensor x = convolve(context, input, weight, bias, conv);
   const Tensor mean = doubles(x, shape[1]), invstd = doubles(x, shape[1]),
                var = doubles(x, shape[1]);
   const Scratch scratch(x);
-  context.check(launch_batch_norm_statistics({.shape = batch_norm_shape(x),
-                                              .x = x.const_data_ptr(),
-                                              .scratch = scratch.data,
-                                              .eps = eps,
-                                              .count = nullptr,
-                                              .mean = data_of(mean),
-                                              .m2 = nullptr,
-                                              .var = data_of(var),
-                                              .invstd = data_of(invstd)},
-                                             context.stream()));
   const Tensor output = empty_as(x);
-  normalize(context, x, norm.statistics(mean, invstd).affine(bn_weight, bn_bias), residual, output);
+  const StatisticsParams statistics{.shape = batch_norm_shape(x),
+                                    .x = x.const_data_ptr(),
+                                    .scratch = scratch.data,
+                                    .eps = eps,
+                                    .count = nullptr,
+                                    .mean = data_of(mean),
+                                    .m2 = nullptr,
+                                    .var = data_of(var),
+                                    .invstd = data_of(invstd)};
+  normalize(context, x, norm.statistics(mean, invstd).affine(bn_weight, bn_bias), residual, output,
+            &statistics);
   return {output, x, mean, invstd, var};
 }
 
@@ -61,7 +57,7 @@ std::tuple<Tensor, Tensor> conv_bn_relu_frozen(Tensor input, Tensor weight, Opti
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
   norm.running(running_mean, running_var, eps).affine(bn_weight, bn_bias);
-  const Tensor x = convolve(input, weight, bias, conv);
+  const Tensor x = convolve(context, input, weight, bias, conv);
   const Tensor output = empty_as(x);
   normalize(context, x, norm, residual, output);
   return {output, x};
@@ -80,8 +76,11 @@ Tensor conv_relu(Tensor input, Tensor weight, OptionalTensor, OptionalTensor bia
 
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
+  const OptionalTensor at_once = convolve_at_once(context, input, weight, bias, residual, conv,
+                                                  norm.input().activation, negative_slope);
+  if (at_once) return *at_once;
   norm.affine(std::nullopt, bias);
-  const Tensor output = convolve(input, weight, std::nullopt, conv);
+  const Tensor output = convolve(context, input, weight, std::nullopt, conv);
   normalize(context, output, norm, residual, output);
   return output;
 }
@@ -117,33 +116,39 @@ Gradients backward(const CudaContext& context, const Tensor& grad_output, const 
   }
   if (output_mask[3]) of_bn_weight = torch::stable::new_empty(bn_weight.value_or(input), channels);
   if (output_mask[4]) of_bn_bias = torch::stable::new_empty(bn_bias.value_or(input), channels);
-  std::optional<Sums> sums;
+  std::optional<Reduction> sums;
   if (output_mask[3] || output_mask[4] || (frozen ? output_mask[2] : conv_grad)) {
-    sums = reduce(context, x, norm, dense_residual, grad_y, of_bn_weight, of_bn_bias,
-                  frozen ? of_bias : std::nullopt);
+    sums.emplace(x, norm, dense_residual, grad_y, of_bn_weight, of_bn_bias,
+                 frozen ? of_bias : std::nullopt);
   }
 
   if (conv_grad) grad_x = empty_as(x);
   if (output_mask[5]) of_residual = empty_as(x);
-  if (grad_x || of_residual) {
+  const bool writes = grad_x || of_residual;
+  const bool at_once = sums && writes && batch_norm_is_small(batch_norm_shape(x));
+  if (sums && !at_once) {
+    context.check(launch_batch_norm_relu_reduce(sums->params, context.stream()));
+  }
+  if (writes) {
     const bool constant = frozen || !conv_grad;
-    context.check(launch_batch_norm_relu_apply(
-        {.shape = batch_norm_shape(x),
-         .bn = norm.input(),
-         .x = x.const_data_ptr(),
-         .residual = data_or_null(dense_residual),
-         .grad_y = grad_y.const_data_ptr(),
-         .sum_g = constant ? nullptr : const_data_of(sums->g),
-         .sum_g_xhat = constant ? nullptr : const_data_of(sums->g_xhat),
-         .count = nullptr,
-         .grad_x = grad_x ? grad_x->mutable_data_ptr() : nullptr,
-         .grad_residual = of_residual ? of_residual->mutable_data_ptr() : nullptr},
-        context.stream()));
+    const ApplyParams params{
+        .shape = batch_norm_shape(x),
+        .bn = norm.input(),
+        .x = x.const_data_ptr(),
+        .residual = data_or_null(dense_residual),
+        .grad_y = grad_y.const_data_ptr(),
+        .sum_g = constant ? nullptr : const_data_of(sums->sum_g),
+        .sum_g_xhat = constant ? nullptr : const_data_of(sums->sum_g_xhat),
+        .count = nullptr,
+        .grad_x = grad_x ? grad_x->mutable_data_ptr() : nullptr,
+        .grad_residual = of_residual ? of_residual->mutable_data_ptr() : nullptr};
+    context.check(at_once ? launch_batch_norm_relu_backward(sums->params, params, context.stream())
+                          : launch_batch_norm_relu_apply(params, context.stream()));
   }
   std::tuple<Tensor, Tensor> of_conv;
   if (conv_grad) {
     of_conv =
-        aten::convolution_backward(*grad_x, input, weight, conv, output_mask[0], output_mask[1]);
+        convolve_backward(context, *grad_x, input, weight, conv, output_mask[0], output_mask[1]);
   }
   const auto or_nothing = [&](const OptionalTensor& gradient) {
     return gradient ? *gradient : nothing(input);
@@ -266,9 +271,10 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
   const CudaContext context(op, input);
   const Tensor x = dense(input);
   if (residual) residual = laid_out_as(x, *residual);
-  const Sums sums = reduce(context, x, norm.statistics(mean, invstd).affine(bn_weight, bn_bias),
-                           residual, laid_out_as(x, grad_output));
-  return {sums.g, sums.g_xhat};
+  const Reduction sums(x, norm.statistics(mean, invstd).affine(bn_weight, bn_bias), residual,
+                       laid_out_as(x, grad_output));
+  context.check(launch_batch_norm_relu_reduce(sums.params, context.stream()));
+  return {sums.sum_g, sums.sum_g_xhat};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor mean,
