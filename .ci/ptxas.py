@@ -1,4 +1,7 @@
-"""Prints what `-Xptxas -v` says of every kernel, as a table; fails if one spills registers."""
+"""Prints what `-Xptxas -v` says of every kernel, as a table.
+
+Fails if one spills registers, or has products of warpgroups that wait for one another.
+"""
 
 import re
 import subprocess
@@ -31,6 +34,8 @@ def main(log: Path) -> str | None:
             entries[a]["registers"].rjust(3) if a in entries else "  -" for a in archs
         )
         print(f"  {registers}  {name}")
+    if waits := re.findall(r".*wgmma.*serialized.*", text):
+        return "\n".join(waits)
     spills = [
         f"{name} on {arch}"
         for name, entries in kernels.items()

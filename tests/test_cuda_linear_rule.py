@@ -20,7 +20,9 @@ RATES = {
 }
 
 
-def test_tiles_are_those_of_the_kernels():
+def test_paths_and_tiles_are_those_of_the_kernels():
+    names = re.search(r"kLinearPathNames\[\] = \{([^}]+)\}", HEADER.read_text())
+    assert re.findall(r"\w+", names[1]) == [*rule.PATHS[1:]]
     found = re.findall(r"\{LinearPath::(\w+), (\d+), (\d+), \d+\}", HEADER.read_text())
     assert {path: (int(rows), int(columns)) for path, rows, columns in found} == rule.TILES
 

@@ -213,7 +213,7 @@ void check_warpgroups() {
 
 // K in parts, of which some are empty.
 void check_parts() {
-  for (How how : {How::few, How::tiles, How::large_tiles, How::warpgroups}) {
+  for (How how : {How::few, How::tiles, How::large_tiles, How::warpgroups, How::wide_warpgroups}) {
     for (int64_t k : {1, 530}) {
       check(how, QuantizedLayer(23, 150, k), any_activation(k), any_dtype(k), 0, 132, 3);
     }
@@ -238,6 +238,25 @@ void check_paths() {
   check_path(4096, 4096, 4096, LinearPath::wide_warpgroups, 1);
   check_path(4096, 4096, 4096, LinearPath::large_tiles, 1, false);
   check_path(512, 0, 4096, LinearPath::small_tiles, 1);
+}
+
+// What is chosen takes the product, and what K is cut into fits the device and fills a step each.
+void check_choices() {
+  for (const LinearDevice& device : {LinearDevice{108, false}, LinearDevice{132, true}}) {
+    for (int64_t rows : {0, 1, 32, 33, 127, 129, 300, 5000}) {
+      for (int64_t columns : {0, 1, 15, 130, 768, 11008}) {
+        for (int64_t k : {0, 64, 1000, 4096, 70000}) {
+          const LinearPath path = choose_path(rows, columns, device);
+          const int64_t splits = choose_splits(path, rows, columns, k, device);
+          CHECK(takes(path, rows, device), "%ld rows, path %d", (long)rows, (int)path);
+          CHECK(splits == 1 || (splits <= device.multiprocessors && k / splits >= kLeastTileK),
+                "%ld x %ld x %ld in %ld parts", (long)rows, (long)columns, (long)k, (long)splits);
+        }
+      }
+    }
+  }
+  CHECK(!takes(LinearPath::few_rows, 33, {132, true}), "33 rows are few");
+  CHECK(!takes(LinearPath::wide_warpgroups, 33, {132, false}), "wgmma without it");
 }
 
 void check_groups() {
@@ -342,6 +361,7 @@ int main() {
   check_warpgroups();
   check_parts();
   check_paths();
+  check_choices();
   check_groups();
   check_long_sums();
   check_not_finite();

@@ -112,10 +112,9 @@ def int8_by_path(device: str, path: str) -> Results:
 def paths() -> list[str]:
     """Return the paths of an int8 product that this device has."""
     has_wgmma = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    return ["few_rows", "small_tiles", "large_tiles"] + has_wgmma * [
-        "warpgroups",
-        "wide_warpgroups",
-    ]
+    has_wgmma &= "90a" in tw.info()["cuda architectures"]
+    everywhere = ["few_rows", "small_tiles", "large_tiles"]
+    return [*everywhere, "warpgroups", "wide_warpgroups"] if has_wgmma else everywhere
 
 
 def ops() -> Iterator[tuple[str, torch.dtype, Callable[[str], Results]]]:

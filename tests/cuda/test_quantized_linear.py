@@ -18,7 +18,11 @@ DEVICE = "cuda"
 ROWS = [1, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 200]
 # What TORCHWELD_CUDA_LINEAR_PATH may say, see csrc/kernels/cuda/linear_path.h.
 PATHS = ["few_rows", "small_tiles", "large_tiles", "warpgroups", "wide_warpgroups"]
-HAS_WGMMA = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+HAS_WGMMA = (
+    torch.cuda.is_available()
+    and torch.cuda.get_device_capability() == (9, 0)
+    and "90a" in tw.info()["cuda architectures"]
+)
 LARGE = [(4096, 4100, 260), (129, 11008, 4096), (1, 4096, 4096), (32, 4096, 11008)]
 
 
@@ -62,7 +66,7 @@ def test_output_of_any_size(shape, dtype):
 
 def force(monkeypatch, path):
     if "warpgroups" in path and not HAS_WGMMA:
-        pytest.skip("needs compute capability 9.0")
+        pytest.skip("needs compute capability 9.0, and a build with sm_90a")
     monkeypatch.setenv("TORCHWELD_CUDA_LINEAR_PATH", path)
 
 

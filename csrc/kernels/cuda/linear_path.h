@@ -23,7 +23,8 @@ namespace torchweld::kernels::cuda {
 constexpr int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 enum class LinearPath { few_rows, small_tiles, large_tiles, warpgroups, wide_warpgroups };
-inline constexpr int kLinearPaths = 5;
+inline constexpr const char* kLinearPathNames[] = {"few_rows", "small_tiles", "large_tiles",
+                                                   "warpgroups", "wide_warpgroups"};
 
 inline constexpr int64_t kFewRows = 32;
 
@@ -43,8 +44,10 @@ inline constexpr LinearTileKind kLinearTiles[] = {
     {LinearPath::wide_warpgroups, 256, 128, 2600},
 };
 
-constexpr bool needs_wgmma(LinearPath path) {
-  return path == LinearPath::warpgroups || path == LinearPath::wide_warpgroups;
+constexpr bool takes(LinearPath path, int64_t rows, const LinearDevice& device) {
+  if (path == LinearPath::few_rows) return rows <= kFewRows;
+  const bool needs_wgmma = path == LinearPath::warpgroups || path == LinearPath::wide_warpgroups;
+  return device.has_wgmma || !needs_wgmma;
 }
 
 constexpr int64_t tiles_of(const LinearTileKind& kind, int64_t rows, int64_t columns) {
@@ -55,7 +58,7 @@ constexpr LinearPath choose_tiles(int64_t rows, int64_t columns, const LinearDev
   LinearPath best = LinearPath::small_tiles;
   double least = -1;
   for (const LinearTileKind& kind : kLinearTiles) {
-    if (needs_wgmma(kind.path) && !device.has_wgmma) continue;
+    if (!takes(kind.path, rows, device)) continue;
     const int64_t turns = tiles_of(tiles_of(kind, rows, columns), device.multiprocessors);
     const double price = static_cast<double>(turns * kind.rows * kind.columns) /
                          static_cast<double>(kind.products_per_clock);

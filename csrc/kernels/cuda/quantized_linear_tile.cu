@@ -230,15 +230,15 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_tile(QuantizedLinearPara
       // The groups that have quads in this step.
       const int64_t first = step * kStepQuads;
       const int64_t last = params.quads - first < kStepQuads ? params.quads : first + kStepQuads;
-      for (int64_t begin = first; begin < last;) {
+      for (int64_t quad = first; quad < last;) {
         const int64_t end_of_group = (group + 1) * group_quads;
         const int64_t end = end_of_group < last ? end_of_group : last;
-        warp.template multiply<false>(stage, static_cast<int>(begin - first),
+        warp.template multiply<false>(stage, static_cast<int>(quad - first),
                                       static_cast<int>(end - first));
         if (end == end_of_group || end == params.quads) {
           warp.end_group(params, at, group++, groups);
         }
-        begin = end;
+        quad = end;
       }
     }
   }

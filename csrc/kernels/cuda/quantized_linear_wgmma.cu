@@ -186,6 +186,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if TORCHWELD_HAS_WGMMA
   TORCHWELD_DYNAMIC_SHARED(memory);
   Tile<S>(params, memory).run();
+#else
+  __trap();  // not silence, should other code than sm_90a's be loaded, as CUDA_FORCE_PTX_JIT does
 #endif
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdlib>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -21,25 +20,23 @@ inline kernels::cuda::LinearDevice linear_device(const CudaContext& context) {
 }
 
 // For benchmarks and tests, which name a path in the environment before a call. `device` is one
-// without wgmma where the layer has no such path.
+// without wgmma where the layer has no such path. Throws if the path named does not take the rows.
 inline kernels::cuda::LinearPath linear_path(int64_t rows, int64_t columns,
                                              const kernels::cuda::LinearDevice& device) {
-  using kernels::cuda::LinearPath;
-  const char* name = std::getenv("TORCHWELD_CUDA_LINEAR_PATH");
-  if (name == nullptr || *name == '\0') return kernels::cuda::choose_path(rows, columns, device);
-  constexpr const char* kNames[kernels::cuda::kLinearPaths] = {
-      "few_rows", "small_tiles", "large_tiles", "warpgroups", "wide_warpgroups"};
-  for (int i = 0; i < kernels::cuda::kLinearPaths; ++i) {
-    const auto path = static_cast<LinearPath>(i);
-    const bool fits = (path != LinearPath::few_rows || rows <= kernels::cuda::kFewRows) &&
-                      (device.has_wgmma || !kernels::cuda::needs_wgmma(path));
-    if (std::string(name) == kNames[i] && fits) return path;
+  using namespace kernels::cuda;
+  const char* forced = std::getenv("TORCHWELD_CUDA_LINEAR_PATH");
+  if (forced == nullptr || *forced == '\0') return choose_path(rows, columns, device);
+  std::string expected;
+  int index = 0;
+  for (const char* name : kLinearPathNames) {
+    const auto path = static_cast<LinearPath>(index++);
+    if (!takes(path, rows, device)) continue;
+    if (std::string(forced) == name) return path;
+    (expected += name) += ' ';
   }
-  std::ostringstream out;
-  out << "torchweld: TORCHWELD_CUDA_LINEAR_PATH: expected one of";
-  for (const char* known : kNames) out << " " << known;
-  out << " that takes " << rows << " rows on this device, got \"" << name << "\"";
-  throw std::runtime_error(out.str());
+  throw std::runtime_error("torchweld: TORCHWELD_CUDA_LINEAR_PATH: expected one of " + expected +
+                           "for this layer's " + std::to_string(rows) +
+                           " rows on this device, got \"" + forced + "\"");
 }
 
 }  // namespace torchweld::ops

@@ -41,8 +41,12 @@ void multiply(const CudaContext& context, const LinearInt4Shape& shape, const Te
                           .columns = shape.out_features,
                           .end = end_at(0),
                           .sums = sums};
-  const bool has_columns = shape.out_features > 0;
-  if (has_columns && int4_quantizes_on_the_way(shape.rows, shape.padded_in_features())) {
+  const int64_t chunk = rows_at_a_time(shape.rows, params.quantized_stride);
+  const LinearPath path =
+      linear_path(chunk, shape.out_features,
+                  {.multiprocessors = context.multiprocessors(), .has_wgmma = false});
+  if (path == LinearPath::few_rows && shape.out_features > 0 &&
+      int4_quantizes_on_the_way(shape.rows, shape.padded_in_features())) {
     return context.check(launch_linear_int4_of({.data = rows.at(0),
                                                 .dtype = rows.dtype,
                                                 .stride = rows.rows.stride,
@@ -50,16 +54,12 @@ void multiply(const CudaContext& context, const LinearInt4Shape& shape, const Te
                                                 .scale = input_scale},
                                                params, context.stream()));
   }
-  const int64_t chunk = rows_at_a_time(shape.rows, params.quantized_stride);
   CudaScratch scratch;
   const auto quantized_at = scratch.reserve<int8_t>(chunk * params.quantized_stride);
   const auto scale_at = scratch.reserve<float>(chunk);
   scratch.allocate(input);
   auto* const quantized = scratch.at<int8_t>(quantized_at);
   params.quantized = quantized;
-  const LinearPath path =
-      linear_path(chunk, shape.out_features,
-                  {.multiprocessors = context.multiprocessors(), .has_wgmma = false});
   for (int64_t row = 0; row < shape.rows; row += chunk) {
     params.rows = std::min(chunk, shape.rows - row);
     float* const scale = input_scale ? input_scale + row : scratch.at<float>(scale_at);
