@@ -179,6 +179,8 @@ void check_can() {
   CHECK(depthwise_can(shape), "31 x 9 taps");
   shape.columns = axis_of(64, {31, 1, 15, 1});
   CHECK(!depthwise_can(shape), "31 x 31 taps");
+  shape.rows = shape.columns = axis_of(1 << 16, {1 << 16, 1, 0, 1});
+  CHECK(!depthwise_can(shape), "2^32 taps");
   shape = {1, 8, axis_of(9, k3), axis_of(9, k3), DType::float64};
   CHECK(!depthwise_can(shape), "float64");
   shape.dtype = DType::float16;
