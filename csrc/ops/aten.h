@@ -13,6 +13,12 @@ struct Convolution {
   IntList padding;
   IntList dilation;
   int64_t groups;
+
+  // Of the output along rows (0) or columns (1), for an input of `size`.
+  int64_t output_size(int axis, int64_t size, int64_t taps) const {
+    const size_t i = static_cast<size_t>(axis);
+    return (size + 2 * padding[i] - dilation[i] * (taps - 1) - 1) / stride[i] + 1;
+  }
 };
 
 namespace aten {

@@ -120,7 +120,7 @@ IntList check_convolution(const char* op, const Tensor& input, const Tensor& wei
     TORCHWELD_CHECK(
         padded >= kernel, op, "input",
         "a padded " << (i ? "width" : "height") << " of at least the kernel's " << kernel, padded);
-    shape.push_back((padded - kernel) / conv.stride[i] + 1);
+    shape.push_back(conv.output_size(i, input.size(2 + i), weight.size(2 + i)));
   }
   return shape;
 }

@@ -4,109 +4,18 @@
 #include <cmath>
 #include <string>
 
-#include "buffer.h"
-#include "check.h"
-#include "kernels/cuda/batch_norm.h"
-#include "kernels/cuda/batch_norm_walk.h"
+#include "batch_norm_problem.h"
 
 using namespace torchweld::kernels;
 using namespace torchweld::kernels::cuda;
 
 namespace {
 
-void ok(cudaError_t error) { CHECK(error == cudaSuccess, "error %d", error); }
-
-struct Case {
-  int64_t batch, channels, pixels;
-  Layout layout;
-  int64_t offset = 0;  // elements that memory begins behind an aligned address
-  bool residual = true;
-};
-
-constexpr Case kCases[] = {
-    {1, 1, 1, Layout::planes},           {3, 1, 49, Layout::planes},
-    {1, 3, 5, Layout::planes},           {5, 7, 49, Layout::planes},
-    {2, 33, 1, Layout::planes},          {2, 3, 1000, Layout::planes},
-    {1, 2, 4500, Layout::planes},        {40, 64, 4, Layout::planes, 1},
-    {2, 2, 16, Layout::planes, 8},       {1, 1, 1, Layout::columns},
-    {1, 3, 5, Layout::columns},          {4, 7, 49, Layout::columns},
-    {1, 33, 300, Layout::columns},       {2, 64, 9, Layout::columns},
-    {1, 64, 5, Layout::columns, 1},      {2, 130, 49, Layout::columns},
-    {1, 264, 50, Layout::columns, 0, 0}, {1, 8, 1000, Layout::columns, 0, 0},
-};
-
-std::string describe(const Case& c, DType dtype, Activation activation) {
-  return std::to_string(c.batch) + " x " + std::to_string(c.channels) + " x " +
-         std::to_string(c.pixels) + " layout " + std::to_string(static_cast<int>(c.layout)) +
-         " offset " + std::to_string(c.offset) + " dtype " +
-         std::to_string(static_cast<int>(dtype)) + " activation " +
-         std::to_string(static_cast<int>(activation));
-}
-
 double value(DType dtype, const void* data, int64_t i) { return read_channel({data, dtype, 0}, i); }
 
-// A tensor's memory, of the exact size and `offset` elements into an allocation.
-struct Memory {
-  Memory(const Case& c, DType dtype, unsigned seed, bool fill = true)
-      : dtype(dtype),
-        size(c.batch * c.channels * c.pixels),
-        buffer(fill ? Buffer(size + c.offset, dtype, seed, true) : Buffer(size + c.offset, dtype)),
-        data(buffer.data.get() + c.offset * static_cast<int64_t>(size_of(dtype))) {}
-  double operator[](int64_t i) const { return value(dtype, data, i); }
-
-  DType dtype;
-  int64_t size;
-  Buffer buffer;
-  char* data;
-};
-
-struct Problem {
-  Problem(const Case& c, DType dtype, Activation activation)
-      : c(c),
-        shape{c.batch, c.channels, c.pixels, c.layout, dtype},
-        name(describe(c, dtype, activation)),
-        x(c, dtype, 1),
-        residual(c, dtype, 2),
-        grad_y(c, dtype, 3),
-        mean(c.channels, DType::float64, 4, true),
-        invstd(c.channels, DType::float64, 5),
-        weight(c.channels, DType::float32, 6, true),
-        bias(c.channels, dtype, 7, true) {
-    bn = {{mean.data.get(), DType::float64, 0},
-          {invstd.data.get(), DType::float64, 1},
-          {weight.data.get(), DType::float32, 1},
-          {bias.data.get(), dtype, 0},
-          false,
-          0,
-          activation,
-          0.1};
-  }
-
-  int64_t channel_of(int64_t i) const {
-    return c.layout == Layout::columns ? i % c.channels : i / c.pixels % c.channels;
-  }
-  const void* residual_or_null() const { return c.residual ? residual.data : nullptr; }
-  std::vector<double> scratch() const {
-    return std::vector<double>(static_cast<size_t>(batch_norm_scratch(shape)));
-  }
-
-  Case c;
-  BatchNormShape shape;
-  std::string name;
-  Memory x, residual, grad_y;
-  Buffer mean, invstd, weight, bias;
-  BatchNormInput bn;
-};
-
 // --- the CPU's kernels on the same tensor: channels one by one -----------------------------------
-struct Expected {
-  explicit Expected(const Case& c, DType dtype)
-      : y(c, dtype, 0, false), grad_x(c, dtype, 0, false), grad_residual(c, dtype, 0, false) {}
-  Memory y, grad_x, grad_residual;
-};
-
 // `slopes`: of the sums, else statistics are constants.
-void run_on_cpu(const Problem& p, const double* sum_g, const double* sum_g_xhat, Expected& out) {
+void run_on_cpu(const Problem& p, const double* sum_g, const double* sum_g_xhat, Results& out) {
   const auto& kernels = *table(Capability::scalar).conv_bn_relu;
   const size_t dtype = static_cast<size_t>(p.shape.dtype),
                activation = static_cast<size_t>(p.bn.activation);
@@ -150,26 +59,6 @@ void run_on_cpu(const Problem& p, const double* sum_g, const double* sum_g_xhat,
   }
 }
 
-// The same bits, or where the device's own exponential function is inside, almost.
-void check_same(const Problem& p, const char* what, const Memory& got, const Memory& expected) {
-  const bool exact = p.bn.activation != Activation::silu || p.shape.dtype == DType::float32;
-  const double roundoff[] = {0x1p-21, 0x1p-49, 0x1p-7, 0x1p-10};
-  for (int64_t i = 0; i < got.size; ++i) {
-    const double a = got[i], b = expected[i];
-    const double bound =
-        exact ? 0 : roundoff[static_cast<int>(p.shape.dtype)] * (std::fabs(b) + 0.25);
-    CHECK(std::fabs(a - b) <= bound, "%s: %s of element %ld: %g, expected %g", p.name.c_str(), what,
-          static_cast<long>(i), a, b);
-  }
-}
-
-void check_near(const Problem& p, const char* what, int64_t c, double got, long double expected,
-                double bound) {
-  CHECK(std::fabs(got - static_cast<double>(expected)) <= bound,
-        "%s: %s of channel %ld: %.17g, expected %.17g", p.name.c_str(), what, static_cast<long>(c),
-        got, static_cast<double>(expected));
-}
-
 // --- checks --------------------------------------------------------------------------------------
 void check_statistics(const Problem& p) {
   const size_t channels = static_cast<size_t>(p.c.channels);
@@ -206,7 +95,7 @@ void check_statistics(const Problem& p) {
 void check_passes(const Problem& p, bool frozen) {
   const size_t channels = static_cast<size_t>(p.c.channels);
   const DType dtype = p.shape.dtype;
-  Expected expected(p.c, dtype), got(p.c, dtype);
+  Results expected(p), got(p);
   ok(launch_batch_norm_relu({p.shape, p.bn, p.x.data, p.residual_or_null(), got.y.data}, nullptr));
 
   std::vector<double> scratch = p.scratch(), sum_g(channels), sum_g_xhat(channels);
@@ -262,85 +151,9 @@ void check_passes(const Problem& p, bool frozen) {
   }
 }
 
-// Small tensors in one launch: what the launches by themselves give, but for other partial sums.
-void check_small(const Problem& p, bool frozen) {
-  if (!batch_norm_is_small(p.shape)) return;
-  const size_t channels = static_cast<size_t>(p.c.channels);
-  const DType dtype = p.shape.dtype;
-  Expected got(p.c, dtype), expected(p.c, dtype);
-  std::vector<double> scratch = p.scratch(), mean(channels), var(channels), invstd(channels);
-  BatchNormReLUParams params{p.shape, p.bn, p.x.data, p.residual_or_null(), got.y.data};
-  params.bn.mean.data = mean.data(), params.bn.invstd.data = invstd.data();
-  const auto statistics_into = [&](double* m, double* i) {
-    return StatisticsParams{p.shape, p.x.data, scratch.data(), 1e-3, nullptr,
-                            m,       nullptr,  var.data(),     i};
-  };
-  ok(launch_batch_norm_relu_train(statistics_into(mean.data(), invstd.data()), params, nullptr));
-  std::vector<double> other_mean(channels), other_invstd(channels);
-  ok(launch_batch_norm_statistics(statistics_into(other_mean.data(), other_invstd.data()),
-                                  nullptr));
-  const double roundoff = dtype == DType::float64 ? 0x1p-50 : 0x1p-21;
-  for (int64_t c = 0; c < p.c.channels; ++c) {
-    check_near(p, "mean", c, mean[c], other_mean[c], roundoff);
-    check_near(p, "invstd", c, invstd[c], other_invstd[c], roundoff * (1 + other_invstd[c]));
-  }
-  // With the very statistics it found.
-  params.y = expected.y.data;
-  ok(launch_batch_norm_relu(params, nullptr));
-  check_same(p, "y of a small tensor", got.y, expected.y);
-
-  std::vector<double> sum_g(channels), sum_g_xhat(channels);
-  std::vector<float> grad_weight(channels);
-  ReduceParams sums{.shape = p.shape,
-                    .bn = params.bn,
-                    .x = p.x.data,
-                    .residual = p.residual_or_null(),
-                    .grad_y = p.grad_y.data,
-                    .scratch = scratch.data(),
-                    .sum_g = sum_g.data(),
-                    .sum_g_xhat = sum_g_xhat.data(),
-                    .grad_weight = {grad_weight.data(), DType::float32},
-                    .grad_bias = {nullptr, DType::float32},
-                    .grad_shift = {nullptr, DType::float32}};
-  ApplyParams apply{.shape = p.shape,
-                    .bn = params.bn,
-                    .x = p.x.data,
-                    .residual = p.residual_or_null(),
-                    .grad_y = p.grad_y.data,
-                    .sum_g = frozen ? nullptr : sum_g.data(),
-                    .sum_g_xhat = frozen ? nullptr : sum_g_xhat.data(),
-                    .count = nullptr,
-                    .grad_x = got.grad_x.data,
-                    .grad_residual = got.grad_residual.data};
-  ok(launch_batch_norm_relu_backward(sums, apply, nullptr));
-  apply.grad_x = expected.grad_x.data, apply.grad_residual = expected.grad_residual.data;
-  ok(launch_batch_norm_relu_apply(apply, nullptr));
-  check_same(p, "grad_x of a small tensor", got.grad_x, expected.grad_x);
-  check_same(p, "grad_residual of a small tensor", got.grad_residual, expected.grad_residual);
-  std::vector<double> other_g(channels), other_g_xhat(channels);
-  sums.sum_g = other_g.data(), sums.sum_g_xhat = other_g_xhat.data();
-  ok(launch_batch_norm_relu_reduce(sums, nullptr));
-  const double bound = roundoff * 16 * (1 + static_cast<double>(p.shape.values()));
-  for (int64_t c = 0; c < p.c.channels; ++c) {
-    check_near(p, "sum_g", c, sum_g[c], other_g[c], bound);
-    check_near(p, "sum_g_xhat", c, sum_g_xhat[c], other_g_xhat[c], bound * (1 + invstd[c]));
-    CHECK(grad_weight[c] == static_cast<float>(other_g_xhat[c]) ||
-              std::fabs(grad_weight[c] - other_g_xhat[c]) <= bound * (1 + invstd[c]),
-          "%s", p.name.c_str());
-  }
-}
-
-void check_what_is_small() {
-  CHECK(batch_norm_is_small({8, 512, 49, Layout::columns, DType::bfloat16}), "8 images of 7 x 7");
-  CHECK(!batch_norm_is_small({256, 64, 3136, Layout::columns, DType::bfloat16}), "256 of 56 x 56");
-  CHECK(batch_norm_is_small({1, 256, 196, Layout::planes, DType::float32}), "an image of 14 x 14");
-  CHECK(!batch_norm_is_small({256, 64, 3136, Layout::planes, DType::float32}), "256 of 56 x 56");
-  CHECK(!batch_norm_is_small({0, 8, 49, Layout::columns, DType::float32}), "nothing");
-}
-
 // Neither statistics nor weight: what follows a folded convolution, in place.
 void check_bias(const Problem& p) {
-  Memory y(p.c, p.shape.dtype, 1), expected(p.c, p.shape.dtype, 0, false);
+  Memory y(p.x.size, p.shape.dtype, p.c.offset, 1), expected(p.x.size, p.shape.dtype, 0);
   BatchNormInput bn{};
   bn.invstd.otherwise = bn.weight.otherwise = 1;
   bn.bias = p.bn.bias;
@@ -434,27 +247,14 @@ void check_running() {
 }  // namespace
 
 int main() {
-  // Every activation on a small tensor; of the others, one after the other. Of large ones, one
-  // dtype.
-  size_t next = 0;
-  for (const Case& c : kCases) {
-    for (size_t i = 0; i < kDTypeCount; ++i) {
-      const DType dtype = static_cast<DType>(i);
-      const bool is_large = c.batch * c.channels * c.pixels > 4000;
-      if (is_large && i != static_cast<size_t>(&c - kCases) % kDTypeCount) continue;
-      check_statistics(Problem(c, dtype, Activation::relu));
-      check_bias(Problem(c, dtype, Activation::relu));
-      const size_t activations = c.batch == 2 && c.pixels < 50 ? kActivationCount : 1;
-      for (size_t k = 0; k < activations; ++k, ++next) {
-        check_passes(Problem(c, dtype, static_cast<Activation>(next % kActivationCount)), next % 2);
-        check_small(Problem(c, dtype, static_cast<Activation>(next % kActivationCount)), next % 2);
-      }
-    }
-  }
+  each_problem([](const Problem& p, bool frozen) {
+    check_statistics(p);
+    check_bias(p);
+    check_passes(p, frozen);
+  });
   check_far_mean(Layout::planes);
   check_far_mean(Layout::columns);
   check_constant();
   check_nothing();
   check_running();
-  check_what_is_small();
 }

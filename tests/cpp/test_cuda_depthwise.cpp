@@ -4,10 +4,9 @@
 #include <string>
 #include <vector>
 
-#include "buffer.h"
 #include "check.h"
+#include "device_memory.h"
 #include "kernels/cuda/depthwise.h"
-#include "kernels/cuda/depthwise_tiles.h"
 
 using namespace torchweld::kernels;
 using namespace torchweld::kernels::cuda;
@@ -51,21 +50,6 @@ DepthwiseAxis axis_of(int size, const Window& w) {
           w.taps,    w.stride,
           w.padding, w.dilation};
 }
-
-struct Memory {
-  Memory(int64_t size, DType dtype, int64_t offset) : buffer(size + offset, dtype), size(size) {
-    data = buffer.data.get() + offset * static_cast<int64_t>(size_of(dtype));
-  }
-  Memory(int64_t size, DType dtype, int64_t offset, unsigned seed)
-      : buffer(size + offset, dtype, seed, true), size(size) {
-    data = buffer.data.get() + offset * static_cast<int64_t>(size_of(dtype));
-  }
-  double operator[](int64_t i) const { return read_channel({data, buffer.dtype, 0}, i); }
-
-  Buffer buffer;
-  int64_t size;
-  char* data;
-};
 
 struct Problem {
   Problem(const Case& c, DType dtype)
@@ -179,6 +163,8 @@ void check_can() {
   CHECK(depthwise_can(shape), "31 x 9 taps");
   shape.columns = axis_of(64, {31, 1, 15, 1});
   CHECK(!depthwise_can(shape), "31 x 31 taps");
+  shape.rows = shape.columns = axis_of(1 << 16, {1 << 16, 1, 0, 1});
+  CHECK(!depthwise_can(shape), "2^32 taps");
   shape = {1, 8, axis_of(9, k3), axis_of(9, k3), DType::float64};
   CHECK(!depthwise_can(shape), "float64");
   shape.dtype = DType::float16;

@@ -172,6 +172,20 @@ def test_fused_convolution_does_not_read_its_output(dtype):
         assert tw.ops.conv_relu(x, weight, bias, padding=1).isfinite().all()
 
 
+def test_fused_convolution_is_not_asked_for_past_2_31_elements():
+    batch = 2**31 // (8 * 64 * 64) + 2
+    if torch.cuda.mem_get_info()[0] < 4 * 2 * batch * 8 * 64 * 64:
+        pytest.skip("not enough memory on the GPU")
+    x = torch.zeros(batch, 8, 64, 64, dtype=torch.float16, device=DEVICE).to(memory_format=NHWC)
+    x[-1] = 1
+    weight = torch.ones(8, 8, 1, 1, dtype=torch.float16, device=DEVICE)
+    results = []
+    called = convolutions_of(lambda: results.append(tw.ops.conv_relu(x, weight)))
+    assert "aten::cudnn_convolution_relu" not in called
+    assert (results[0][-1] == 8).all()
+    assert not results[0][-2].any()
+
+
 def test_fused_convolution_heeds_the_switch_for_tf32(monkeypatch):
     x, weight, bias, _ = folded_layer(torch.float32, 256, 64)
     exact = F.relu(torch.conv2d(x.double(), weight.double(), bias.double(), padding=1))

@@ -124,7 +124,7 @@ def test_depthwise_calls_no_convolution_of_torch(monkeypatch, algorithm, taps, o
 
 
 def test_a_refusal_is_remembered():
-    """The last test: from here on, this process asks cuDNN no more."""
+    """The last test: from here on, this process asks cuDNN no more in bfloat16."""
     x, weight, bias, residual = layer()
     for _ in range(2):
         actual = run(x, weight, bias, torch.full_like(residual, float("nan")))
@@ -132,3 +132,5 @@ def test_a_refusal_is_remembered():
     assert len(calls) == 1
     assert not run(x, weight, bias, residual).isnan().any()
     assert len(calls) == 1
+    run(*layer(dtype=torch.float16))
+    assert len(calls) == 2

@@ -25,9 +25,10 @@ def library(tmp_path_factory):
     [
         ["tests/ops/test_depthwise.py", "-k", "auto and (float32 or bfloat16)"],
         ["tests/ops/test_conv_bn_relu.py", "-k", "error_is_no_more and float16"],
+        ["tests/ops/test_batch_norm_stats.py", "-k", "another_layout"],
         ["tests/emulated/routes.py"],
     ],
-    ids=["depthwise", "operators", "routes"],
+    ids=["depthwise", "operators", "parts", "routes"],
 )
 def test_operators_on_an_emulated_device(library, tests):
     run_tests(library, "conv_bn_relu", *tests)

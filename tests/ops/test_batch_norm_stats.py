@@ -114,3 +114,22 @@ def test_statistics_exchanged_between_parts_of_a_batch(layout, residual):
     torch.testing.assert_close(torch.cat([d for d, _ in gradients]), exact[0].grad)
     if residual:
         torch.testing.assert_close(torch.cat([d for _, d in gradients]), exact[3].grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+def test_tensors_in_another_layout_give_the_same_bits(layout):
+    """Copies in the input's layout live as long as they are read."""
+    torch.manual_seed(0)
+    x, r, g = torch.randn(3, 2, 5, 7, 9)
+    x = x.contiguous(memory_format=layout)
+    _, center, _ = tw.ops.batch_norm_stats(x)
+    given = (center, torch.ones_like(center), None, None)
+    results = []
+    for other in LAYOUTS:
+        b, c = (t.contiguous(memory_format=other) for t in (r, g))
+        sums = tw.ops.batch_norm_relu_backward_reduce(c, x, *given, b, "relu", 0.0)
+        count = torch.full((1,), 126.0, dtype=torch.float64)
+        found = tw.ops.batch_norm_relu_backward(c, x, *given, b, *sums, count, "relu", 0.0)
+        results.append([*sums, *found, tw.ops.batch_norm_relu(x, *given, b, "relu")])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

@@ -186,16 +186,15 @@ __global__ void __launch_bounds__(kThreads, 2) convolve(Pass pass, Tiles tiles) 
   }
 }
 
-int table_bytes(const DepthwiseShape& shape, int width, int count) {
-  return (shape.rows.taps * shape.columns.taps + 1) * width * count *
-         static_cast<int>(sizeof(float));
+int64_t table_bytes(const DepthwiseShape& shape, int width, int count) {
+  return (int64_t{shape.rows.taps} * shape.columns.taps + 1) * width * count *
+         static_cast<int64_t>(sizeof(float));
 }
 
 // Groups side by side: 256 bytes of a pixel, as far as their taps have room.
 int most_width(const DepthwiseShape& shape, int count) {
-  const int most = count == 1 ? 32 : 16;
-  const int room = static_cast<int>(kLeastShared) / table_bytes(shape, 1, count);
-  return room < most ? room : most;
+  const int64_t most = count == 1 ? 32 : 16, room = kLeastShared / table_bytes(shape, 1, count);
+  return static_cast<int>(room < most ? room : most);
 }
 
 template <class T, int kCount, int kS, int kStride, bool kTransposed>

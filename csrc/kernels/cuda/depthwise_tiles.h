@@ -20,8 +20,8 @@ inline constexpr int kStrip = kTransposed    ? 4
 
 // Threads that share a strip in the weight gradient: one for each row of taps, or for each pair of
 // them.
-inline int weight_units(int rows, int columns, bool known) {
-  return known ? rows : rows * ((columns + 1) / 2);
+inline int64_t weight_units(int rows, int columns, bool known) {
+  return known ? rows : int64_t{rows} * ((columns + 1) / 2);
 }
 
 struct Tiles {

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
 // well.
 template <int kS, int kStride>
 Tiles tiles_to_reduce(const DepthwiseShape& shape, int count) {
-  const int units = weight_units(shape.rows.taps, shape.columns.taps, kS > 0);
+  const int units = static_cast<int>(weight_units(shape.rows.taps, shape.columns.taps, kS > 0));
   const int most_width = count == 1 ? 32 : 16, room = kThreads / units;
   return tiles_over(shape.channels / count, units, room < most_width ? room : most_width,
                     divide_up(shape.columns.out_size, kStrip<kS, kStride, false>),
@@ -190,7 +190,8 @@ cudaError_t launch_depthwise_weight_gradient(const DepthwiseWeightGradientParams
     return with_columns(shape, kCount, [&]<int kS, int kStride>() {
       const Tiles tiles = tiles_to_reduce<kS, kStride>(shape, kCount);
       parts = tiles.parts();
-      return launch(weight_gradient < T, kCount, kCount == 1 ? 0 : kS, kCount == 1 ? 1 : kStride >,
+      constexpr bool kKnown = kCount > 1;  // of single channels no columns are
+      return launch(weight_gradient < T, kCount, kKnown * kS, kKnown ? kStride : 1 >,
                     tiles.blocks(), tiles.threads(), stream, operands, tiles);
     });
   });

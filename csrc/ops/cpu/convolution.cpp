@@ -126,16 +126,12 @@ int64_t algorithm_asked_for() { return static_cast<int64_t>(config().convolution
 }  // namespace
 
 ConvolutionShape to_shape(const IntList& input, const Tensor& weight, const Convolution& conv) {
-  const auto size = [&](int i) {
-    const int64_t kernel = conv.dilation[i] * (weight.size(2 + i) - 1) + 1;
-    return (input[2 + i] + 2 * conv.padding[i] - kernel) / conv.stride[i] + 1;
-  };
   return {.batch = input[0],
           .height = input[2],
           .width = input[3],
           .channels = input[1],
-          .out_height = size(0),
-          .out_width = size(1),
+          .out_height = conv.output_size(0, input[2], weight.size(2)),
+          .out_width = conv.output_size(1, input[3], weight.size(3)),
           .out_channels = weight.size(0),
           .kernel_height = weight.size(2),
           .kernel_width = weight.size(3),

@@ -270,9 +270,10 @@ std::tuple<Tensor, Tensor> batch_norm_relu_backward_reduce(
   const NoGradGuard no_grad;
   const CudaContext context(op, input);
   const Tensor x = dense(input);
+  const Tensor grad_y = laid_out_as(x, grad_output);
   if (residual) residual = laid_out_as(x, *residual);
   const Reduction sums(x, norm.statistics(mean, invstd).affine(bn_weight, bn_bias), residual,
-                       laid_out_as(x, grad_output));
+                       grad_y);
   context.check(launch_batch_norm_relu_reduce(sums.params, context.stream()));
   return {sums.sum_g, sums.sum_g_xhat};
 }

@@ -1,5 +1,6 @@
 #include "ops/cuda/convolution.h"
 
+#include <array>
 #include <atomic>
 
 #include "ops/algorithm.h"
@@ -51,10 +52,8 @@ std::optional<DepthwiseShape> depthwise_shape(const Tensor& input, const Tensor&
   };
   const auto axis = [&](int i) {
     const int64_t size = input.size(2 + i), taps = weight.size(2 + i);
-    const int64_t covered = conv.dilation[i] * (taps - 1) + 1;
-    const int64_t out = (size + 2 * conv.padding[i] - covered) / conv.stride[i] + 1;
     return DepthwiseAxis{narrow(size),
-                         narrow(out),
+                         narrow(conv.output_size(i, size, taps)),
                          narrow(taps),
                          narrow(conv.stride[i]),
                          narrow(conv.padding[i]),
@@ -93,11 +92,20 @@ Tensor run_depthwise(const CudaContext& context, const DepthwiseShape& shape, co
 }
 
 // --- cuDNN's fused convolution -------------------------------------------------------------------
+// ATen asks for it at any size; cuDNN before 9.3 cannot count further than this.
+bool has_32_bit_offsets(const Tensor& input, const Tensor& weight, const Convolution& conv) {
+  const int64_t output = input.size(0) * weight.size(0) *
+                         conv.output_size(0, input.size(2), weight.size(2)) *
+                         conv.output_size(1, input.size(3), weight.size(3));
+  return input.numel() <= INT32_MAX && output <= INT32_MAX;
+}
+
 OptionalTensor run_cudnn(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& residual, const Convolution& conv) {
-  // A cuDNN that has no such kernel for one layer may have none for others, and to ask again for
-  // every call costs more than is lost.
-  static std::atomic<bool> refused{false};
+  // A cuDNN that has no such kernel for one layer may have none for others of its dtype, and to ask
+  // again for every call costs more than is lost.
+  static std::array<std::atomic<bool>, kernels::kDTypeCount> refusals{};
+  std::atomic<bool>& refused = refusals[static_cast<size_t>(batch_norm::dtype_of(input))];
   if (refused) return {};
   OptionalTensor b;
   if (bias) b = torch::stable::contiguous(*bias);
@@ -130,6 +138,7 @@ OptionalTensor convolve_at_once(const CudaContext& context, const Tensor& input,
   const Algorithm algorithm = asked_for();
   const bool wins = algorithm == Algorithm::automatic && rule::cudnn(weight);
   if (!wins && algorithm != Algorithm::cudnn) return {};
+  if (!has_32_bit_offsets(input, weight, conv)) return {};
   return run_cudnn(input, weight, bias, residual, conv);
 }
 
