@@ -41,15 +41,6 @@ LinearInt4Shape check_weight(const char* op, const Tensor& packed_weight,
                   "contiguous uint8 [" << shape.panels << ", " << shape.groups << ", 16]",
                   describe(weight_zero));
 
-  // On CUDA to look would be to wait for it.
-  if (!weight_zero.is_cuda()) {
-    const uint8_t* zeros = weight_zero.const_data_ptr<uint8_t>();
-    const int64_t count = weight_zero.numel();  // once: a call of torch
-    uint8_t bits = 0;
-    for (int64_t i = 0; i < count; ++i) bits |= zeros[i];
-    TORCHWELD_CHECK(bits <= 15, op, "weight_zero", "values within 0 to 15", "greater ones");
-  }
-
   const bool is_packed = packed_weight.scalar_type() == ScalarType::Byte &&
                          packed_weight.dim() == 4 && packed_weight.is_contiguous() &&
                          has_shape(packed_weight, {shape.panels, packed_weight.size(1),
@@ -93,6 +84,16 @@ LinearInt4Shape check_quantized_linear_int4_backward(const char* op, const Tenso
       check_weight(op, packed_weight, weight_scale, weight_zero, in_features, out_features);
   shape.rows = check_matrix(op, "grad", grad, out_features);
   return shape;
+}
+
+bool fit_4_bits(const uint8_t* values, int64_t count) {
+  uint8_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits |= values[i];
+  return bits <= 15;
+}
+
+void check_zeros(const char* op, bool fit) {
+  TORCHWELD_CHECK(fit, op, "weight_zero", "values within 0 to 15", "greater ones");
 }
 
 }  // namespace torchweld::ops

@@ -18,7 +18,8 @@ struct LinearInt4Shape {
   int64_t padded_in_features() const { return groups * group_size; }
 };
 
-// Each throws unless the operator can run with these.
+// Each throws unless the operator can run with these. Zeros are not looked at: on CUDA that would
+// be to wait for them, and on the CPU who multiplies reads them anyway.
 LinearInt4Shape check_quantized_linear_int4(const char* op, const Tensor& input,
                                             const Tensor& packed_weight, const Tensor& weight_scale,
                                             const Tensor& weight_zero, int64_t in_features,
@@ -28,5 +29,9 @@ LinearInt4Shape check_quantized_linear_int4_backward(const char* op, const Tenso
                                                      const Tensor& weight_scale,
                                                      const Tensor& weight_zero, int64_t in_features,
                                                      int64_t out_features);
+
+bool fit_4_bits(const uint8_t* values, int64_t count);
+// Throws unless all zeros do.
+void check_zeros(const char* op, bool fit);
 
 }  // namespace torchweld::ops

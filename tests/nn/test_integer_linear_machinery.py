@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torchweld import _C
 
@@ -126,6 +127,18 @@ def test_no_grad_and_inference_mode(kind):
             y = net(x)
         assert not y.requires_grad
         assert torch.equal(y, expected)
+
+
+@each_kind
+def test_buffers_that_are_parametrized(kind):
+    _, module = make(kind)
+    x = randn(3, 37)
+    expected = module(x)
+    for name in [name for name, _ in module.named_buffers()]:
+        parametrize.register_parametrization(module, name, nn.Identity())
+    assert not [*module._buffers]
+    with torch.no_grad():
+        assert torch.equal(module(x), expected)
 
 
 @each_kind

@@ -178,3 +178,16 @@ def test_groups_of_nothing_are_refused():
     scale, zero = torch.zeros(1, 2, 16).bfloat16(), torch.zeros(1, 2, 16, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="packed_weight: expected"):
         op(torch.zeros(1, 0), packed, scale, zero, None, None, 0, 3)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_every_zero_is_looked_at(rows):
+    n, k = 140, 40
+    layer, x = Weight(n, k, 8), torch.zeros(rows, k)
+    layer.packed[2].view(-1)[-1] = 16
+    with pytest.raises(RuntimeError, match="quantized_linear_int4: weight_zero: expected values"):
+        layer(x)
+    with pytest.raises(RuntimeError, match="quantized_linear_int4_accumulators: weight_zero: "):
+        layer.accumulators(x)
+    with pytest.raises(RuntimeError, match="quantized_linear_int4_backward: weight_zero: "):
+        layer.backward(torch.zeros(rows, n))

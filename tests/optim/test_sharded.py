@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchweld as tw
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torchweld.optim import _distributed, _state
 
@@ -196,6 +197,18 @@ def test_a_process_without_gradients_skips_as_the_others_do(mesh, monkeypatch, n
     assert optimizer.skipped_steps == (norm == torch.inf)
     assert scaler.get_scale() == (4 if norm == torch.inf else 8)
     assert torch.equal(param.to_local(), before)
+
+
+def test_a_parameter_that_only_other_processes_hold_is_left_to_them(mesh):
+    others = {*range(4)} - {torch.distributed.get_rank()}
+    elsewhere = DeviceMesh("cpu", sorted(others), _init_backend=True)
+    theirs = nn.Parameter(
+        distribute_tensor(torch.ones(8, 6), elsewhere, [Shard(0)], src_data_rank=None)
+    )
+    ours, expected = parameter(3), parameter(3)
+    tw.optim.AdamW([theirs, ours], max_grad_norm=0.1).step()
+    tw.optim.AdamW([expected], max_grad_norm=0.1).step()
+    assert torch.equal(ours, expected)
 
 
 def test_torch_may_rename_what_is_its_own(monkeypatch):

@@ -93,12 +93,13 @@ Tensor quantized_linear_backward(Tensor grad, Tensor packed_weight, Tensor weigh
 Tensor quantized_linear_int4_backward(Tensor grad, Tensor packed_weight, Tensor weight_scale,
                                       Tensor weight_zero, int64_t in_features,
                                       int64_t out_features) {
-  const LinearInt4Shape shape =
-      check_quantized_linear_int4_backward("quantized_linear_int4_backward", grad, packed_weight,
-                                           weight_scale, weight_zero, in_features, out_features);
+  const char* op = "quantized_linear_int4_backward";
+  const LinearInt4Shape shape = check_quantized_linear_int4_backward(
+      op, grad, packed_weight, weight_scale, weight_zero, in_features, out_features);
   const uint8_t* panels = packed_weight.const_data_ptr<uint8_t>();
   const auto* scale = static_cast<const kernels::BFloat16*>(weight_scale.const_data_ptr());
   const uint8_t* zero = weight_zero.const_data_ptr<uint8_t>();
+  check_zeros(op, fit_4_bits(zero, weight_zero.numel()));
   const auto dequantize = cpu_kernels().dequantize->int4_backward;
   return multiply(grad, shape.rows, out_features, in_features,
                   [&](int64_t n, int64_t count, int64_t k, float* tile) {

@@ -1,5 +1,6 @@
 // The int4 linear layer: rows are quantized to int8, then multiplied block by block.
 #include <algorithm>
+#include <atomic>
 
 #include "ops/cpu/linear_blocks.h"
 #include "ops/cpu/linear_rows.h"
@@ -26,10 +27,11 @@ struct Weight {
 };
 
 // Quantizes the rows and calls `run` once for each block of the product, blocks in parallel, with
-// the first row and column of the block; `run` finds everything but the epilogue filled in.
+// the first row and column of the block; `run` finds everything but the epilogue filled in. Throws
+// unless all zeros are such, which is looked at block by block, as they come from memory.
 template <class F>
-void multiply_quantized(const LinearInt4Shape& shape, const Tensor& input, const Weight& weight,
-                        float* input_scale, const F& run) {
+void multiply_quantized(const char* op, const LinearInt4Shape& shape, const Tensor& input,
+                        const Weight& weight, float* input_scale, const F& run) {
   const auto quantize =
       cpu_kernels().quantized_linear->quantize[static_cast<size_t>(*to_dtype(input.scalar_type()))];
   const auto prepare = cpu_kernels().linear_int4->prepare;
@@ -43,6 +45,7 @@ void multiply_quantized(const LinearInt4Shape& shape, const Tensor& input, const
   auto* quantized = reinterpret_cast<int8_t*>(scratch.data());
   const Scratch sums(chunk * shape.groups);
   auto* group_sum = reinterpret_cast<int32_t*>(sums.data());
+  std::atomic<bool> zeros_fit{true};
 
   for (int64_t first = 0; first < shape.rows; first += chunk) {
     const int64_t count = std::min(chunk, shape.rows - first);
@@ -65,19 +68,25 @@ void multiply_quantized(const LinearInt4Shape& shape, const Tensor& input, const
     });
     for_each_block(
         {count, shape.out_features, shape.padded_in_features(), stride}, [&](const LinearBlock& b) {
+          const uint8_t* zeros = weight.zero + b.column * shape.groups;
+          if (!fit_4_bits(zeros, round_up(b.columns, kernels::kPanelColumns) * shape.groups)) {
+            zeros_fit = false;
+            return;
+          }
           LinearInt4Block block{.quantized = quantized + b.row * stride,
                                 .quantized_stride = stride,
                                 .group_sum = group_sum + b.row * shape.groups,
                                 .rows = b.rows,
                                 .panels = weight.panels + b.column * shape.padded_in_features() / 2,
                                 .weight_scale = weight.scale + b.column * shape.groups,
-                                .weight_zero = weight.zero + b.column * shape.groups,
+                                .weight_zero = zeros,
                                 .groups = shape.groups,
                                 .group_size = shape.group_size,
                                 .columns = b.columns,
                                 .epilogue = {}};
           run(block, first + b.row, b.column);
         });
+    check_zeros(op, zeros_fit);
   }
 }
 
@@ -104,7 +113,7 @@ Tensor quantized_linear_int4(Tensor input, Tensor packed_weight, Tensor weight_s
   const auto multiply =
       cpu_kernels().linear_int4->multiply[static_cast<size_t>(*to_dtype(input.scalar_type()))];
   const Scratch input_scale(shape.rows);
-  multiply_quantized(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
+  multiply_quantized(op, shape, input, to_weight(packed_weight, weight_scale, weight_zero),
                      input_scale.data(), [&](LinearInt4Block& block, int64_t row, int64_t column) {
                        block.epilogue = tail.at(row, column);
                        block.epilogue.input_scale = input_scale.data() + row;
@@ -118,9 +127,9 @@ std::tuple<Tensor, Tensor> quantized_linear_int4_accumulators(Tensor input, Tens
                                                               Tensor weight_zero,
                                                               int64_t in_features,
                                                               int64_t out_features) {
-  const LinearInt4Shape shape =
-      check_quantized_linear_int4("quantized_linear_int4_accumulators", input, packed_weight,
-                                  weight_scale, weight_zero, in_features, out_features);
+  const char* op = "quantized_linear_int4_accumulators";
+  const LinearInt4Shape shape = check_quantized_linear_int4(op, input, packed_weight, weight_scale,
+                                                            weight_zero, in_features, out_features);
   const NoGradGuard no_grad;
   IntList sizes = with_last_size(input, shape.groups);
   const IntList scale_sizes(sizes.begin(), sizes.end() - 1);
@@ -129,7 +138,7 @@ std::tuple<Tensor, Tensor> quantized_linear_int4_accumulators(Tensor input, Tens
   Tensor input_scale = torch::stable::new_empty(input, scale_sizes, ScalarType::Float);
   int32_t* data = sums.mutable_data_ptr<int32_t>();
   const auto accumulate = cpu_kernels().linear_int4->accumulate;
-  multiply_quantized(shape, input, to_weight(packed_weight, weight_scale, weight_zero),
+  multiply_quantized(op, shape, input, to_weight(packed_weight, weight_scale, weight_zero),
                      input_scale.mutable_data_ptr<float>(),
                      [&](const LinearInt4Block& block, int64_t row, int64_t column) {
                        accumulate(block, data + row * shape.groups * out_features + column,

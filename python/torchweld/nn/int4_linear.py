@@ -1,7 +1,7 @@
 """The linear layer with an int4 weight."""
 
 # No postponed annotations here: TorchScript evaluates those of the buffers.
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -170,14 +170,11 @@ class Int4Linear(IntegerLinear):
 
     @torch.jit.unused
     def _infer(self, input: Tensor, residual: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP045
-        buffers: Any = self._buffers  # the module's own look-up takes long
         return infer(
             torch.ops.torchweld.quantized_linear_int4.default,
+            self,
+            ("packed_weight", "packed_scale", "packed_zero"),
             input,
-            buffers["packed_weight"],
-            buffers["packed_scale"],
-            buffers["packed_zero"],
-            self.bias,
             residual,
             self.in_features,
             self.out_features,

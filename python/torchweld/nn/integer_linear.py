@@ -220,12 +220,27 @@ class IntegerLinear(nn.Module):
                 getattr(self, name).copy_(tensor)
 
 
-def infer(op: Callable[..., Tensor], *args: Any) -> Tensor | None:
+def infer(
+    op: Callable[..., Tensor],
+    module: IntegerLinear,
+    names: tuple[str, ...],
+    input: Tensor,
+    residual: Tensor | None,
+    *options: Any,
+) -> Tensor | None:
     """Call an operator past autograd, which by way of Python takes as long as a small product.
+
+    Args:
+        op: takes ``input``, the buffers, the bias of the module, ``residual`` and ``options``.
+        module: the layer.
+        names: the buffers; the module's own look-up takes long.
+        input: as ``op`` takes it.
+        residual: likewise.
+        options: likewise.
 
     Returns:
         What the operator does; None, and nothing is called, if somebody could want a gradient of
-        this call or a record of it.
+        this call or a record of it, or keeps what was a buffer elsewhere, as a parametrization.
     """
     if (
         torch.compiler.is_compiling()
@@ -235,8 +250,12 @@ def infer(op: Callable[..., Tensor], *args: Any) -> Tensor | None:
         or forward_ad._current_level >= 0
     ):
         return None
+    try:
+        buffers = [module._buffers[name] for name in names]
+    except KeyError:
+        return None
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return op(input, *buffers, module.bias, residual, *options)
 
 
 def float_layer(weight: Tensor, bias: Tensor | None, activation: str) -> nn.Linear | nn.Sequential:

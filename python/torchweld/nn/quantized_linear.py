@@ -239,14 +239,11 @@ class QuantizedLinear(_Int8Linear):
 
     @torch.jit.unused
     def _infer(self, input: Tensor, residual: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP045
-        buffers: Any = self._buffers  # the module's own look-up takes long
         return infer(
             torch.ops.torchweld.quantized_linear.default,
+            self,
+            ("packed_weight", "weight_scale", "weight_sum"),
             input,
-            buffers["packed_weight"],
-            buffers["weight_scale"],
-            buffers["weight_sum"],
-            self.bias,
             residual,
             self.in_features,
             self.activation,
@@ -321,13 +318,11 @@ class WeightOnlyLinear(_Int8Linear):
 
     @torch.jit.unused
     def _infer(self, input: Tensor, residual: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP045
-        buffers: Any = self._buffers  # the module's own look-up takes long
         return infer(
             torch.ops.torchweld.weight_only_linear.default,
+            self,
+            ("packed_weight", "weight_scale"),
             input,
-            buffers["packed_weight"],
-            buffers["weight_scale"],
-            self.bias,
             residual,
             self.in_features,
             self.activation,

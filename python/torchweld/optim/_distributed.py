@@ -114,6 +114,8 @@ def reduction(param: Tensor) -> Reduction | None:
     if not is_dtensor(param):
         return None
     param = cast("DTensor", param)
+    if param.device_mesh.get_coordinate() is None:
+        return None  # only other processes hold it
     dims = tuple(i for i, p in enumerate(param.placements) if not p.is_replicate())
     return Reduction(param.device_mesh, dims)
 
