@@ -200,6 +200,19 @@ def test_gradients_are_as_exact_as_torch(name, mask):
                 assert actual[i].numel() == 0
 
 
+@pytest.mark.parametrize("name", ["winograd", "dense"])
+@pytest.mark.parametrize("channels", [5, 200, 256])
+def test_weight_gradient_of_an_empty_batch(name, channels, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    grad, x, w = grad_case(Case((0, channels, 5, 5), (256, channels, 3, 3)))
+    torch.use_deterministic_algorithms(True)  # what nobody writes holds NaN
+    try:
+        _, actual = gradients(name, Case(x.shape, w.shape), grad, x, w)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(actual, torch.zeros_like(w))
+
+
 LARGE = [
     Case((4, 48, 28, 28), (96, 48, 1, 1)),
     Case((6, 32, 20, 20), (64, 32, 3, 3), padding=(1, 1)),

@@ -28,7 +28,8 @@ class WeightGradient {
     const int64_t tasks = std::min(kMaxTasks, tiles / (kTaskBlocks * kSmallBlock));
     if (pairs() == 1 && tasks >= kMinTasks) tasks_ = tasks;
     // One block and many panels: each pair of them is finished while its sums are in cache.
-    at_once_ = images_at_once() >= shape.batch && tiles <= tiles_per_block() && has_many_pairs();
+    at_once_ = tiles > 0 && tiles <= tiles_per_block() && images_at_once() >= shape.batch &&
+               has_many_pairs();
     if (!at_once_) sums_.emplace(tasks_ * pairs() * kPairSize);
     empty_.assign(tasks_, true);
   }

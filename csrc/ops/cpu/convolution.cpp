@@ -35,11 +35,6 @@ const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
-Tensor nothing(const Tensor& like) {
-  const int64_t size = 0;
-  return torch::stable::new_empty(like, {&size, 1});
-}
-
 Tensor to_tensor(const Moments& moments) {
   const int64_t channels = moments.mean.size();
   const IntList sizes{3, channels};
