@@ -104,6 +104,7 @@ inline void sum_groups(const LinearInt4Block& block, int64_t row, int64_t rows, 
                 .c = sums};
   // Sums that fit int16 are multiplied as such: a product of int32 takes ten times as long.
   const bool is_short = block.group_size * 127 <= INT16_MAX;
+  memset(total, 0, (size_t)(rows * panels * kPanelColumns) * sizeof *total);
   for (int64_t group = 0; group < groups; ++group) {
     // Behind the last bytes of the panels come those of the next tile's.
     const bool is_near = (group + 1) * octets * 64 + kTallAhead <= args.panel_stride;
@@ -124,8 +125,7 @@ inline void sum_groups(const LinearInt4Block& block, int64_t row, int64_t rows, 
         __m512i sum = _mm512_loadu_si512(sums + i);
         sum = is_short ? _mm512_dpwssd_epi32(sum, negative, left)
                        : _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, left));
-        const VecF before = group ? load(total + i) : VecF{};
-        store(total + i, fma(__builtin_convertvector((VecI32)sum, VecF), scale, before));
+        store(total + i, fma(__builtin_convertvector((VecI32)sum, VecF), scale, load(total + i)));
       }
     }
   }
