@@ -14,6 +14,11 @@ namespace {
 // three times that where the weight's gradient wants many tiles at once.
 constexpr int64_t kGroupSize = 1 << 18;
 
+int64_t images_within(const ConvolutionShape& shape, int64_t size) {
+  const int64_t image = shape.out_height * shape.out_width * shape.out_channels;
+  return even_part(shape.batch, std::max<int64_t>(1, size / image));
+}
+
 // Sums the weight's gradient over blocks of tiles: a block's inputs and gradients are transformed,
 // then multiplied at each point, in short chains that are added in their order.
 //
@@ -36,9 +41,7 @@ class WeightGradient {
 
   // Images of a group: small blocks are shared out over a group, and many pairs want all tiles.
   int64_t images_at_once() const {
-    const int64_t image = shape_.out_height * shape_.out_width * shape_.out_channels;
-    const int64_t size = tasks_ > 1 || has_many_pairs() ? 3 * kGroupSize : kGroupSize;
-    return even_part(shape_.batch, std::max<int64_t>(1, size / image));
+    return images_within(shape_, tasks_ > 1 || has_many_pairs() ? 3 * kGroupSize : kGroupSize);
   }
 
   // A group of images, and the gradient of their output.
@@ -263,8 +266,8 @@ void backward(const ConvolutionShape& shape, const ConvolutionBackward& pass) {
   const int64_t input_image = shape.height * shape.width * shape.channels;
   std::optional<WeightGradient> grad_weight;
   if (pass.grad_weight != nullptr) grad_weight.emplace(shape, pass.grad_weight);
-  const int64_t fit = even_part(shape.batch, std::max<int64_t>(1, kGroupSize / image));
-  const int64_t most = grad_weight ? grad_weight->images_at_once() : fit;
+  const int64_t most =
+      grad_weight ? grad_weight->images_at_once() : images_within(shape, kGroupSize);
   const Scratch rows(most * image);
 
   for (int64_t first = 0; first < shape.batch; first += most) {
