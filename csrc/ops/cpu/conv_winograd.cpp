@@ -71,7 +71,9 @@ class Forward {
       for (int64_t i = begin; i < end; ++i) {
         gather(block(i), 0, block(i).count, inputs.data());
         for (int64_t p = 0; p < weight_.panels(); ++p) {
-          multiply(block(i), weight_.panel(p), inputs.data(), products);
+          kernels::Ahead ahead;
+          if (i + 1 < end && p + 1 == weight_.panels()) add_ahead(block(i + 1), ahead);
+          multiply(block(i), weight_.panel(p), inputs.data(), products, ahead);
         }
       }
     });
@@ -127,16 +129,22 @@ class Forward {
     }
   }
 
+  void add_ahead(const Block& block, kernels::Ahead& ahead) const {
+    if constexpr (std::is_same_v<T, float>) {
+      tiles_.add_ahead(block.first, block.first + block.count, input_, shape_.channels, ahead);
+    }
+  }
+
   // A panel of the output, of a small weight.
-  void multiply(const Block& block, const Panel& panel, const float* inputs,
-                float* products) const {
+  void multiply(const Block& block, const Panel& panel, const float* inputs, float* products,
+                kernels::Ahead& ahead) const {
     const Points points = inputs_of(block);
     const float* weight = weight_.points(panel);
     for (int64_t point = 0; point < kWinogradPoints; ++point) {
       for (int64_t c = 0; c < points.panels(); ++c) {
         multiply(block, panel, points.panel(c), point,
                  weight + point * weight_.stride(panel) + c * Weight::kRows * panel.width, inputs,
-                 products);
+                 products, point >= kAheadPoint ? &ahead : nullptr);
       }
     }
     finish(block, panel, products);

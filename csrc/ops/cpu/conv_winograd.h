@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
 #include "kernels/winograd.h"
 #include "ops/cpu/convolution.h"
@@ -23,6 +24,10 @@ inline int64_t even_part(int64_t total, int64_t most) {
 inline int64_t point_stride(int64_t rows, int64_t columns) {
   return kPanelGroup * (divide_up(rows * columns, kPanelGroup) + 1);
 }
+
+// The next block's pixels are fetched during the products of the points from this one on: soon
+// enough to arrive, late enough to still be in the core's cache when they are read.
+inline constexpr int64_t kAheadPoint = kWinogradPoints / 2;
 
 // Up to kPanel of `total` channels.
 struct Panel {
@@ -86,6 +91,17 @@ class Tiles {
   WinogradWindow input(int64_t tile, int64_t pixel) const {
     return {shape_.height, shape_.width, pixel, y(tile) - shape_.padding_height,
             x(tile) - shape_.padding_width};
+  }
+
+  // Adds what gathering the tiles [begin, end) is the first to read of an image, those before them
+  // done: a row of pixels more than lies below the tiles' own first one.
+  void add_ahead(int64_t begin, int64_t end, const float* image, int64_t channels,
+                 kernels::Ahead& ahead) const {
+    if (shape_.height != shape_.out_height || shape_.width != shape_.out_width) return;
+    for_each_run(begin, end, [&](int64_t first, int64_t pixels) {
+      if (ahead.count == std::ssize(ahead.stretches)) return;
+      ahead.add(image + (first + shape_.width + 1) * channels, pixels * channels);
+    });
   }
 
   // f(first pixel, pixels) over the output's pixels in tiles [begin, end), in as few runs as may

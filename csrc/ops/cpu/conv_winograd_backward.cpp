@@ -146,7 +146,16 @@ class WeightGradient {
         for (int64_t i = task * blocks / tasks_; i < last; ++i) {
           const Block block = block_at(tiles, i * kSmallBlock, kSmallBlock, points);
           gather(tiles, block, 0, block.count, input, grad_output);
-          for (int64_t p = 0; p < kWinogradPoints; ++p) multiply(block, 0, p, sums, empty_[task]);
+          kernels::Ahead ahead;
+          if (i + 1 < last) {
+            const Block next = block_at(tiles, (i + 1) * kSmallBlock, kSmallBlock, points);
+            const int64_t until = next.first + next.count;
+            tiles.add_ahead(next.first, until, input, shape_.channels, ahead);
+            tiles.add_ahead(next.first, until, grad_output, shape_.out_channels, ahead);
+          }
+          for (int64_t p = 0; p < kWinogradPoints; ++p) {
+            multiply(block, 0, p, sums, empty_[task], p >= kAheadPoint ? &ahead : nullptr);
+          }
           empty_[task] = false;
         }
       }
@@ -173,7 +182,8 @@ class WeightGradient {
   }
 
   // The sum of one point over a block's tiles, added to that of the blocks before.
-  void multiply(const Block& block, int64_t pair, int64_t p, float* sums, bool empty) const {
+  void multiply(const Block& block, int64_t pair, int64_t p, float* sums, bool empty,
+                kernels::Ahead* ahead = nullptr) const {
     const Panel row = row_panel(pair), column = column_panel(pair);
     const Points inputs = inputs_of(block.count), grad_outputs = grad_outputs_of(block.count);
     const float* from = block.inputs + inputs.offset(column.index) + p * inputs.stride(column);
@@ -195,7 +205,8 @@ class WeightGradient {
                                 .c = sum,
                                 .c_row = column.columns,
                                 .accumulate = false,
-                                .epilogue = {.residual = empty && first == 0 ? nullptr : sum}});
+                                .epilogue = {.residual = empty && first == 0 ? nullptr : sum},
+                                .ahead = ahead});
     }
   }
 
