@@ -16,6 +16,14 @@ __attribute__((always_inline)) inline VecF constant(double value) {
   return broadcast<VecF>((float)value);
 }
 
+// A pointer the compiler is to compute where it is used. It would keep all 36 places of a tile's
+// points, in memory for want of registers, and read each back just before its use.
+template <class T>
+__attribute__((always_inline)) inline T* apart(T* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
 // Half transformed values beyond this many do not fit into registers.
 inline constexpr int kRegisters = 24;
 
@@ -182,9 +190,9 @@ __attribute__((always_inline)) inline void gather(const Patch<M, T>& patch, int6
     return load(patch.pixels[i][j] + c, part);
   };
   const auto store_row = [=](int i, const VecF* row) __attribute__((always_inline)) {
-    float* to = points + i * M::kTo * point;
+    float* to = apart(points + i * M::kTo * point);
 #pragma GCC unroll 6
-    for (int j = 0; j < M::kTo; ++j, to += point) store(to, row[j], part);
+    for (int j = 0; j < M::kTo; ++j) store(to + j * point, row[j], part);
   };
   if constexpr (M::kTo * M::kFrom > kRegisters) {
     transform_parts<M>(load_at, store_row);
@@ -193,24 +201,10 @@ __attribute__((always_inline)) inline void gather(const Patch<M, T>& patch, int6
   }
 }
 
-// A square of kWinogradTile pixels: what the window below will be the first to read.
-template <class T>
-__attribute__((always_inline)) inline void prefetch_tile(const T* tile, int64_t line,
-                                                         int64_t pixel) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kWinogradTile; ++i, tile += line) {
-    const T* at = tile;
-#pragma GCC unroll 4
-    for (int j = 0; j < kWinogradTile; ++j, at += pixel) __builtin_prefetch(at, 0, 2);
-  }
-}
-
 template <class M, class T>
 void gather(const T* image, const WinogradWindow& window, int64_t channels, float* points,
             int64_t point) {
   static const T zeros[kChunk] __attribute__((aligned(64))) = {};
-  const int64_t pixel = window.pixel, line = window.width * pixel;
-  const T* below = image + (window.y + M::kFrom) * line + window.x * pixel;
   for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
     const int64_t size = channels - chunk < kChunk ? channels - chunk : kChunk;
     Patch<M, T> patch;
@@ -219,7 +213,6 @@ void gather(const T* image, const WinogradWindow& window, int64_t channels, floa
     });
     int64_t c = 0;
     for (; c + kLanesF <= size; c += kLanesF) {
-      prefetch_tile(below + chunk + c, line, pixel);
       gather<M>(patch, c, Whole{}, points + chunk + c, point);
     }
     if (c < size) gather<M>(patch, c, Part{size - c}, points + chunk + c, point);
@@ -239,7 +232,7 @@ __attribute__((always_inline)) inline void scatter(const float* points, int64_t 
                                                    VecF bias, VecF low, VecF high, int64_t ahead) {
   transform<Output>(
       [=](int i, int j) __attribute__((always_inline)) {
-        return load(points + (i * Output::kFrom + j) * point, part);
+        return load(apart(points + j * point) + i * Output::kFrom * point, part);
       },
       [&](int i, const VecF* row) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -248,8 +241,7 @@ __attribute__((always_inline)) inline void scatter(const float* points, int64_t 
           __builtin_prefetch(to + ahead, 1);
           VecF v = row[j] + bias;
           if (kResidual) v += load(places.residual[i][j] + c, part);
-          v = v < low ? low : v;
-          v = v > high ? high : v;
+          v = min(high, max(low, v));  // in this order of operands a NaN passes
           store(to, v, part);
         }
       });
