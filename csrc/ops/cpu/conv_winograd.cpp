@@ -72,7 +72,8 @@ class Forward {
         gather(block(i), 0, block(i).count, inputs.data());
         for (int64_t p = 0; p < weight_.panels(); ++p) {
           kernels::Ahead ahead;
-          if (i + 1 < end && p + 1 == weight_.panels()) add_ahead(block(i + 1), ahead);
+          if (i + 1 < end && p + 1 == weight_.panels()) add_inputs(block(i + 1), ahead);
+          if (p == 0) add_outputs(block(i), ahead);
           multiply(block(i), weight_.panel(p), inputs.data(), products, ahead);
         }
       }
@@ -129,10 +130,12 @@ class Forward {
     }
   }
 
-  void add_ahead(const Block& block, kernels::Ahead& ahead) const {
-    if constexpr (std::is_same_v<T, float>) {
-      tiles_.add_ahead(block.first, block.first + block.count, input_, shape_.channels, ahead);
-    }
+  // What gathering the block will read, and what will be written of it.
+  void add_inputs(const Block& block, kernels::Ahead& ahead) const {
+    tiles_.add_patches(block.first, block.first + block.count, input_, shape_.channels, ahead);
+  }
+  void add_outputs(const Block& block, kernels::Ahead& ahead) const {
+    tiles_.add(block.first, block.first + block.count, output_, shape_.out_channels, ahead);
   }
 
   // A panel of the output, of a small weight.

@@ -25,8 +25,8 @@ inline int64_t point_stride(int64_t rows, int64_t columns) {
   return kPanelGroup * (divide_up(rows * columns, kPanelGroup) + 1);
 }
 
-// The next block's pixels are fetched during the products of the points from this one on: soon
-// enough to arrive, late enough to still be in the core's cache when they are read.
+// The next block's pixels are fetched during the products of the points from this one on, so that
+// they have arrived, and are still in the core's cache, when they are read.
 inline constexpr int64_t kAheadPoint = kWinogradPoints / 2;
 
 // Up to kPanel of `total` channels.
@@ -93,15 +93,23 @@ class Tiles {
             x(tile) - shape_.padding_width};
   }
 
-  // Adds what gathering the tiles [begin, end) is the first to read of an image, those before them
-  // done: a row of pixels more than lies below the tiles' own first one.
-  void add_ahead(int64_t begin, int64_t end, const float* image, int64_t channels,
-                 kernels::Ahead& ahead) const {
-    if (shape_.height != shape_.out_height || shape_.width != shape_.out_width) return;
+  // The pixels of an image of the output's size in tiles [begin, end), to be fetched ahead.
+  template <class T>
+  void add(int64_t begin, int64_t end, const T* image, int64_t channels,
+           kernels::Ahead& ahead) const {
     for_each_run(begin, end, [&](int64_t first, int64_t pixels) {
       if (ahead.count == std::ssize(ahead.stretches)) return;
-      ahead.add(image + (first + shape_.width + 1) * channels, pixels * channels);
+      const int64_t bytes = pixels * channels * static_cast<int64_t>(sizeof(T));
+      ahead.add(reinterpret_cast<const float*>(image + first * channels), bytes / 4);
     });
+  }
+  // What gathering these tiles is the first to read of the input, those before them done: it begins
+  // a pixel and a row below the tiles' own. Only where input and output are of one size.
+  template <class T>
+  void add_patches(int64_t begin, int64_t end, const T* input, int64_t channels,
+                   kernels::Ahead& ahead) const {
+    if (shape_.height != shape_.out_height || shape_.width != shape_.out_width) return;
+    add(begin, end, input + (shape_.width + 1) * channels, channels, ahead);
   }
 
   // f(first pixel, pixels) over the output's pixels in tiles [begin, end), in as few runs as may

@@ -150,8 +150,8 @@ class WeightGradient {
           if (i + 1 < last) {
             const Block next = block_at(tiles, (i + 1) * kSmallBlock, kSmallBlock, points);
             const int64_t until = next.first + next.count;
-            tiles.add_ahead(next.first, until, input, shape_.channels, ahead);
-            tiles.add_ahead(next.first, until, grad_output, shape_.out_channels, ahead);
+            tiles.add(next.first, until, grad_output, shape_.out_channels, ahead);
+            tiles.add_patches(next.first, until, input, shape_.channels, ahead);
           }
           for (int64_t p = 0; p < kWinogradPoints; ++p) {
             multiply(block, 0, p, sums, empty_[task], p >= kAheadPoint ? &ahead : nullptr);
