@@ -18,7 +18,7 @@ demo: setup app  ## the main job: train, weld, quantize, export, classify in C++
 	python examples/digits.py --weld build/app/weld
 
 test: setup app  ## all tests: pytest, then ctest of the kernels under sanitizers
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 	cmake --preset asan
 	cmake --build --preset asan
 	ctest --preset asan
