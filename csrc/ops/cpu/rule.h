@@ -25,7 +25,7 @@ inline bool dense_backward([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool winograd_backward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return (s.channels >= 16 && (s.channels >= 128 || s.pixels() >= 3072));
+  return (s.channels >= 24 && (s.channels >= 128 || s.pixels() >= 3072));
 }
 inline bool depthwise_backward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
