@@ -39,10 +39,11 @@ struct Ahead {
   void add(const float* data, int64_t size) { stretches[count++] = {data, size}; }
 };
 
-// c[i * c_row + j] = epilogue(start + sum over r, k of a[r][i * a_row + k * a_step]
-//                                                      * b[(r * depth + k) * b_row + j])
-// where start is 0, or c where `accumulate`. Each element is one chain of fused multiply-adds in
-// the order of r, then k: the same bits on every instruction set.
+// c[i * c_row + j] = epilogue(sum over r, k of a[r][i * a_row + k * a_step]
+//                                              * b[(r * depth + k) * b_row + j])
+// where epilogue begins by adding c where `accumulate`: the sum of products cut into pieces errs
+// less. Each sum is one chain of fused multiply-adds in the order of r, then k: the same bits on
+// every instruction set.
 struct GemmArguments {
   int64_t rows;     // of c
   int64_t columns;  // of c, at most kPanel
@@ -56,6 +57,9 @@ struct GemmArguments {
   float* c;  // only `columns` of a row are written
   int64_t c_row;
   bool accumulate;
+  // Rows 3 * i, 3 * i + 1 and 3 * i + 2 read a[i * runs + r] as if they were rows 0, 1 and 2. The
+  // few rows of a product alone would wait for each other.
+  bool by_threes = false;
   Epilogue epilogue{};
   Ahead* ahead = nullptr;  // what is fetched is taken off it; or null
 };

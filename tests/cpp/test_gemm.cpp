@@ -115,6 +115,60 @@ void check_product(const Case& c) {
   }
 }
 
+// Rows in threes have pointers of their own: as if each three were a product by itself.
+void check_by_threes(int64_t threes, int64_t columns, int64_t runs, bool accumulate) {
+  const int64_t depth = 6, step = 4;
+  const Case c{3, columns, threes * runs, depth, 1, step, accumulate, true, false, false};
+  const Operands operands(c, false);
+  for (Capability capability : available_capabilities()) {
+    const Buffer expected(3 * threes * columns, DType::float32, 5, true);
+    const Buffer result(3 * threes * columns, DType::float32, 5, true);
+    GemmArguments g{};
+    g.columns = columns;
+    g.runs = runs;
+    g.depth = depth;
+    g.a_row = 1;
+    g.a_step = step;
+    g.b = operands.b.as<float>();
+    g.b_row = columns + kBeyond;
+    g.c_row = columns;
+    g.accumulate = accumulate;
+    g.epilogue.bias = operands.bias.as<float>();
+    g.rows = 3;
+    for (int64_t i = 0; i < threes; ++i) {
+      g.a = operands.pointers.data() + i * runs;
+      g.c = expected.as<float>() + 3 * i * columns;
+      table(capability).gemm->gemm(g);
+    }
+    g.rows = 3 * threes;
+    g.by_threes = true;
+    g.a = operands.pointers.data();
+    g.c = result.as<float>();
+    table(capability).gemm->gemm(g);
+    CHECK(result == expected, "%s: %ld threes of %ld columns", name(capability),
+          static_cast<long>(threes), static_cast<long>(columns));
+  }
+}
+
+// The sum of a product's pieces is a sum of sums: c joins a chain at its end.
+void check_accumulate() {
+  const float a[] = {1, 1}, b[] = {1, -1 + 0x1p-24f};
+  const float* pointer = a;
+  for (Capability capability : available_capabilities()) {
+    float c = 0x1p24f;
+    GemmArguments g{};
+    g.rows = g.columns = g.runs = g.a_row = g.a_step = g.b_row = g.c_row = 1;
+    g.depth = 2;
+    g.a = &pointer;
+    g.b = b;
+    g.c = &c;
+    g.accumulate = true;
+    table(capability).gemm->gemm(g);
+    // From c on, its first product would be lost to rounding, and the second take 1 away.
+    CHECK(c == 0x1p24f, "%s: %a", name(capability), c);
+  }
+}
+
 // A NaN passes the clamp, and so does nothing beyond it.
 void check_clamp() {
   const float a[] = {1, NAN, -9, 9};
@@ -234,6 +288,13 @@ int main() {
   }
   check_product({7, 64, 2, 300, 300, 1, true, true, false, true});
   check_product({4, 20, 2, 0, 1, 1, true, true, false, false});  // nothing to add
+  for (int64_t threes : {1, 2, 3, 4, 7}) {
+    for (int64_t columns : {5, 16, 20, 32, 40, 64}) {
+      check_by_threes(threes, columns, 1, false);
+      check_by_threes(threes, columns, 3, true);
+    }
+  }
+  check_accumulate();
   check_clamp();
   check_ahead();
   for (int64_t count : {1, 2, 7, 32}) {

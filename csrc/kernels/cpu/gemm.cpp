@@ -59,7 +59,6 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       sums[i][v] = VecF{};
-      if (g.accumulate) sums[i][v] = load_column<kVectors, kPart>(c + i * g.c_row, v, last);
     }
   }
 
@@ -102,13 +101,13 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
   const auto start = [&](int64_t run) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int p = 0; p < kPointers; ++p) {
-      a[p] = g.a[run] + (row + 3 * p) * a_row;
+      a[p] = g.by_threes ? g.a[(row / 3 + p) * g.runs + run] : g.a[run] + (row + 3 * p) * a_row;
       asm volatile("" : "+r"(a[p]));  // else the compiler derives them all from one in the loop
     }
   };
   const float* b = g.b + column;
   const float* ahead = g.ahead ? take(*g.ahead, g.runs * g.depth, b) : b;
-  const auto step = [&]() __attribute__((always_inline)) {
+  const auto step = [&](bool fetches) __attribute__((always_inline)) {
     VecF columns[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = load_column<kVectors, kPart>(b, v, last);
@@ -126,23 +125,27 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
 #pragma GCC unroll 8
     for (int p = 0; p < kPointers; ++p) a[p] += a_step;
     b += b_row;
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += 16;
-    __builtin_prefetch(rows_ahead, 0, 2);
-    rows_ahead += rows_step;
+    if (fetches) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += 16;
+      __builtin_prefetch(rows_ahead, 0, 2);
+      rows_ahead += rows_step;
+    }
   };
   if (g.runs == 1) {
     start(0);
-    for (int64_t k = 0; k < g.depth; ++k) step();
+    for (int64_t k = 0; k < g.depth; ++k) step(true);
   } else if (g.depth > 0) {
-    // One loop over all steps, for runs may be as short as one.
+    // One loop over all steps, for runs may be as short as one. To fetch costs a load, which counts
+    // where a row of b is one register.
+    const bool fetches = kVectors > 1 || ahead != b;
     const int64_t steps = g.runs * g.depth;
     for (int64_t k = 0, left = 0, run = 0; k < steps; ++k, --left) {
       if (left == 0) {
         start(run++);
         left = g.depth;
       }
-      step();
+      step(fetches);
     }
   }
 
@@ -156,6 +159,11 @@ __attribute__((noinline)) void tile(const GemmArguments& g, int64_t row, int64_t
       for (int v = 0; v < kVectors; ++v) f(sums[i][v], i * g.c_row, v);
     }
   };
+  if (g.accumulate) {
+    for_each_sum([&](VecF& sum, int64_t at, int v) __attribute__((always_inline)) {
+      sum += load_column<kVectors, kPart>(c + at, v, last);
+    });
+  }
   if (e.bias != nullptr) {
     for_each_sum([&](VecF& sum, int64_t, int v) __attribute__((always_inline)) {
       sum += load_column<kVectors, kPart>(e.bias + column, v, last);
@@ -197,6 +205,12 @@ int64_t tiles(const GemmArguments& g, int64_t row, int64_t column) {
 template <int kVectors, bool kPart>
 void columns(const GemmArguments& g, int64_t column) {
   constexpr int kRows = kTileRows<kVectors, kPart>;
+  if (g.by_threes) {
+    int64_t row = 0;
+    if constexpr (kRows > 9) row = tiles<9, kVectors, kPart>(g, row, column);
+    tiles<3, kVectors, kPart>(g, row, column);
+    return;
+  }
   int64_t row = tiles<kRows, kVectors, kPart>(g, 0, column);
   if constexpr (kRows == 14) row = tiles<7, kVectors, kPart>(g, row, column);
   row = tiles<4, kVectors, kPart>(g, row, column);

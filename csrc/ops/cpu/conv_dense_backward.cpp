@@ -131,9 +131,12 @@ void weight_gradient(const Plan& plan, const Windows<float>& windows, const Bloc
                      const float* gradient, float* partial, bool start, kernels::Ahead& ahead) {
   const ConvolutionShape& s = plan.shape();
   const auto gemm = cpu_kernels().gemm->gemm;
-  std::vector<const float*> a(block.rows);
   kernels::GemmArguments g{};
-  g.rows = plan.depth();
+  // Three pixels of one channel: the rows of all runs at once.
+  g.by_threes = plan.depth() == 3;
+  const int64_t at_once = g.by_threes ? plan.runs() : 1;
+  std::vector<const float*> a(at_once * block.rows);
+  g.rows = at_once * plan.depth();
   g.runs = block.rows;
   g.depth = block.columns;
   g.a = a.data();
@@ -141,16 +144,18 @@ void weight_gradient(const Plan& plan, const Windows<float>& windows, const Bloc
   g.a_step = s.stride_width * s.channels;
   g.b_row = g.c_row = s.out_channels;
   g.ahead = &ahead;
+  // Added when a block's chain is done, and not where it starts: short chains err less.
+  g.accumulate = !start;
   for (int64_t column = 0; column < s.out_channels; column += kPanel) {
     g.columns = std::min(kPanel, s.out_channels - column);
     g.b = gradient + column;
-    for (int64_t run = 0; run < plan.runs(); ++run) {
-      for (int64_t row = 0; row < block.rows; ++row) {
-        a[row] = windows.pointers()[row * plan.runs() + run];
+    for (int64_t run = 0; run < plan.runs(); run += at_once) {
+      for (int64_t i = 0; i < at_once; ++i) {
+        for (int64_t row = 0; row < block.rows; ++row) {
+          a[i * block.rows + row] = windows.pointers()[row * plan.runs() + run + i];
+        }
       }
       g.c = partial + run * plan.depth() * s.out_channels + column;
-      // Added when a block's chain is done, and not where it starts: short chains err less.
-      g.epilogue.residual = start ? nullptr : g.c;
       gemm(g);
     }
   }
