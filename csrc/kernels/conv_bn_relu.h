@@ -80,6 +80,7 @@ struct NormalizeArguments {
   void* out;             // y, or grad_x; may be x itself
   void* grad_residual;   // g, or null; backward apply only
   double negative_slope;
+  bool streamed;  // y goes past the caches, where all runs of it begin on 64 bytes
 };
 
 // Writes y.

@@ -53,6 +53,8 @@ struct DepthwiseForwardOf {
   int64_t output_step;
   EpilogueOf<T> epilogue;  // its residual is laid out as the output
   DepthwiseAhead input_ahead, output_ahead;
+  // The output goes past the caches, where every register of it is one of their lines.
+  bool streamed = false;
 };
 using DepthwiseForward = DepthwiseForwardOf<float>;
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <vector>
 
 #include "kernels/dtype.h"
 
@@ -52,6 +53,24 @@ struct Buffer {
   size_t bytes;
   std::unique_ptr<char[]> data;
   DType dtype;
+};
+
+// Room for as much as a buffer holds, `shift` bytes behind a border of 64: where stores may go past
+// the caches, and where they may not.
+struct Aligned {
+  Aligned(const Buffer& like, int64_t shift) : storage(like.bytes + 128) {
+    data = storage.data() + (-reinterpret_cast<uintptr_t>(storage.data()) & 63) + shift;
+  }
+  bool operator==(const Buffer& other) const {
+    return std::memcmp(data, other.data.get(), other.bytes) == 0;
+  }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+
+  std::vector<char> storage;
+  char* data;
 };
 
 inline float widen(uint16_t bfloat16) {

@@ -59,6 +59,14 @@ Outputs run(Capability capability, const Case& c, DType dtype, size_t activation
   a.negative_slope = 0.1;
   a.out = out.y.data.get();
   table.normalize[layout][type][activation](a);
+  a.streamed = true;
+  for (const int64_t shift : {0, 8}) {
+    const Aligned streamed(out.y, shift);
+    a.out = streamed.data;
+    table.normalize[layout][type][activation](a);
+    // What lies between the runs of `out` was never written.
+    CHECK(c.runs.stride > c.runs.size || streamed == out.y, "%s: streamed", name(capability));
+  }
 
   a.grad_y = grad.data.get();
   table.reduce[layout][type][activation](a, out.first.as<double>(), out.second.as<double>());

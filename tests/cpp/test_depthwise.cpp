@@ -92,6 +92,15 @@ void check_forward(Capability capability, const Case& c, const Data& data, bool 
   }
   d.input_ahead = {data.input.as<float>(), c.width * c.channels * 4};
   table(capability).depthwise->forward(d);
+  // Past the caches where a register is a line, and elsewhere as ever.
+  for (const int64_t shift : {0, 4}) {
+    const Aligned streamed(output, shift);
+    d.output = streamed.as<float>();
+    d.streamed = true;
+    table(capability).depthwise->forward(d);
+    CHECK(streamed == output, "%s: %ld channels, streamed", name(capability),
+          static_cast<long>(c.channels));
+  }
 
   int64_t i = 0;
   for (int64_t p = 0; p < c.out_height(); ++p) {

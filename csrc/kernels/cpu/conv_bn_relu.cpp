@@ -62,14 +62,22 @@ template <class T, Layout kLayout, Activation kActivation>
 void normalize(const NormalizeArguments& a) {
   const Normalize<T, kLayout, kActivation> op(a);
   T* y = static_cast<T*>(a.out);
+  const uint64_t first = (uint64_t)y, step = (uint64_t)a.runs.stride * sizeof(T);
+  const bool streamed = a.streamed && (first | step) % 64 == 0;
   for (int64_t r = 0; r < a.runs.count; ++r) {
     const int64_t run = r * a.runs.stride;
     for_each_register<Math<T>::kLanes>(a.runs.size, [&](int64_t i, int, auto part) {
       typename Math<T>::Vec d;
       prefetch(op.x + run + i);
-      store(y + run + i, op.activate.value(op.normalized(run, i, part, d)), part);
+      const auto value = op.activate.value(op.normalized(run, i, part, d));
+      if (streamed) {
+        stream(y + run + i, value, part);
+      } else {
+        store(y + run + i, value, part);
+      }
     });
   }
+  if (streamed) drain();
 }
 
 // A loop over runs sums kStrip registers of columns in registers, and coefficients stay there too:

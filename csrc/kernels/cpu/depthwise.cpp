@@ -77,7 +77,7 @@ inline VecF in_register(VecF value) {
 template <int kPixels, class T, class P>
 __attribute__((always_inline)) inline void finish(const EpilogueOf<T>& e, VecF (&sums)[kPixels],
                                                   int64_t offset, int64_t step, int64_t c,
-                                                  T* output, P part) {
+                                                  T* output, bool streamed, P part) {
   if (e.bias != nullptr) {
     const VecF bias = load(e.bias + c, part);
 #pragma GCC unroll 16
@@ -95,7 +95,11 @@ __attribute__((always_inline)) inline void finish(const EpilogueOf<T>& e, VecF (
     VecF value = sums[t];
     value = value < low ? low : value;
     value = value > high ? high : value;
-    store(to, value, part);
+    if (streamed) {
+      stream(to, value, part);
+    } else {
+      store(to, value, part);
+    }
   }
 }
 
@@ -151,7 +155,7 @@ __attribute__((noinline)) void tile(const DepthwiseForwardOf<T>& d, int64_t c, i
     }
   }
   finish(d.epilogue, sums, p * d.output_row + q * d.output_step + c, d.output_step, c, d.output,
-         part);
+         d.streamed, part);
 }
 
 // Tiles of kPixels from pixel q on.
@@ -191,7 +195,7 @@ void forward_rows(const DepthwiseForwardOf<T>& d) {
 }
 
 template <class T>
-void forward(const DepthwiseForwardOf<T>& d) {
+void run_forward(const DepthwiseForwardOf<T>& d) {
   const auto is = [&](int64_t taps, int64_t step) {
     return d.taps.taps == taps && d.taps.step == step && (d.taps.tap_step == 1 || taps == 1);
   };
@@ -204,6 +208,22 @@ void forward(const DepthwiseForwardOf<T>& d) {
   if (is(1, 1)) return forward_rows<1, 1>(d);
   if (is(2, 1)) return forward_rows<2, 1>(d);
   forward_rows<0, 0>(d);
+}
+
+// Parts of a line would each be a write to memory of their own.
+template <class T>
+bool can_stream(const DepthwiseForwardOf<T>& d) {
+  const uint64_t steps = (uint64_t)d.output_step | (uint64_t)d.output_row;
+  return sizeof(T) * kLanesF == 64 && ((uint64_t)d.output | steps * sizeof(T)) % 64 == 0;
+}
+
+template <class T>
+void forward(const DepthwiseForwardOf<T>& arguments) {
+  DepthwiseForwardOf<T> d = arguments;
+  d.streamed = d.streamed && can_stream(d);
+  if (d.streamed) d.output_ahead = {};  // which would bring into the cache what goes past it
+  run_forward(d);
+  if (d.streamed) drain();
 }
 
 // --- gradient of the weight ----------------------------------------------------------------------

@@ -35,6 +35,14 @@ template <class T>
 inline void store(T* p, typename Math<T>::Vec v, Part part) {
   store_partial(p, v, part.count);
 }
+template <class T>
+inline void stream(T* p, typename Math<T>::Vec v, Whole) {
+  stream(p, v);
+}
+template <class T>
+inline void stream(T* p, typename Math<T>::Vec v, Part part) {
+  store_partial(p, v, part.count);
+}
 
 // Zero in the lanes beyond the part.
 template <class Vec>

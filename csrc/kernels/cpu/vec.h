@@ -288,6 +288,34 @@ inline void store(T* p, VecF v) {
   memcpy(p, &bits, sizeof bits);
 }
 
+// Past the caches, to memory on a register's border: a line is not read only to be overwritten, and
+// nothing is driven out for what nobody reads soon. Other threads see it after drain().
+#if defined(__AVX512F__)
+inline void stream(float* p, VecF v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream(double* p, VecD v) { _mm512_stream_pd(p, (__m512d)v); }
+template <class T>
+inline void stream(T* p, VecF v) {
+  _mm256_stream_si256((__m256i*)p, (__m256i)from_float(v, T{}));
+}
+#elif defined(__AVX2__)
+inline void stream(float* p, VecF v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream(double* p, VecD v) { _mm256_stream_pd(p, (__m256d)v); }
+template <class T>
+inline void stream(T* p, VecF v) {
+  _mm_stream_si128((__m128i*)p, (__m128i)from_float(v, T{}));
+}
+#else
+template <class T>
+inline void stream(T* p, typename Math<T>::Vec v) {
+  store(p, v);
+}
+#endif
+inline void drain() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` elements; the other lanes are zero.
 template <class T>
 inline typename Math<T>::Vec load_partial(const T* p, int64_t count) {

@@ -1,8 +1,9 @@
 // Both gradients of a block of output rows while the gradients of its output are in cache.
-#include <memory>
 #include <numeric>
 
 #include "ops/cpu/conv_depthwise.h"
+#include "ops/cpu/past_cache.h"
+#include "ops/cpu/scratch.h"
 #include "ops/kernels.h"
 #include "ops/memory.h"
 #include "ops/parallel.h"
@@ -49,7 +50,8 @@ class Backward {
         blocks_((s_.out_height + rows_ - 1) / rows_),
         vertical_(
             phases(s_.kernel_height, s_.stride_height, s_.padding_height, s_.dilation_height)),
-        horizontal_(phases(s_.kernel_width, s_.stride_width, s_.padding_width, s_.dilation_width)) {
+        horizontal_(phases(s_.kernel_width, s_.stride_width, s_.padding_width, s_.dilation_width)),
+        streamed_(leaves_cache(s_.batch * s_.height * input_row(s_) * 4)) {
     for (const Phase& v : vertical_) {
       for (const Phase& h : horizontal_) weights_.push_back(packed(v, h));
     }
@@ -99,8 +101,8 @@ class Backward {
     const int64_t window_rows = std::min(s_.out_height, rows_ + halo);
     std::vector<Sums> sums(parts, Sums(s_));
     parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-      const auto data = std::make_unique_for_overwrite<float[]>(window_rows * output_row(s_));
-      const Window window{data.get(), window_rows};
+      const Scratch data(window_rows * output_row(s_));
+      const Window window{data.data(), window_rows};
       for (int64_t part = begin; part < end; ++part) {
         for (int64_t n = part * size; n < std::min(s_.batch, (part + 1) * size); ++n) {
           for (int64_t block = 0; block < blocks_; ++block) {
@@ -240,6 +242,7 @@ class Backward {
       d.output_row = s_.stride_height * input_row(s_);
       d.output_step = s_.stride_width * s_.channels;
       d.output_ahead = ahead;
+      d.streamed = streamed_;
       ahead.data = static_cast<const char*>(ahead.data) + ahead.size;
       cpu_kernels().depthwise->forward(d);
     }
@@ -269,6 +272,7 @@ class Backward {
   const ConvolutionBackward& pass_;
   int64_t rows_, blocks_;  // output rows of a block, and blocks of an image
   std::vector<Phase> vertical_, horizontal_;
+  bool streamed_;                            // the gradient of the input
   std::vector<std::vector<float>> weights_;  // per pair of phases
 };
 

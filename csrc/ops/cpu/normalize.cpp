@@ -1,5 +1,6 @@
 #include "ops/cpu/normalize.h"
 
+#include "ops/cpu/past_cache.h"
 #include "ops/kernels.h"
 #include "ops/memory.h"
 
@@ -80,9 +81,14 @@ NormalizeArguments Normalization::arguments(const Task& task) const {
 
 void Normalization::forward(const Tensor& y) const {
   const auto kernel = pick(cpu_kernels().conv_bn_relu->normalize);
+  // In place, y is in the cache already.
+  const bool in_place = y.const_data_ptr() == x_.const_data_ptr();
+  const bool streamed =
+      !in_place && leaves_cache(y.numel() * static_cast<int64_t>(size_of(tiling_.dtype())));
   tiling_.for_each_task([&](const Task& task) {
     NormalizeArguments a = arguments(task);
     a.out = mutable_at(y, task);
+    a.streamed = streamed;
     kernel(a);
   });
 }
