@@ -156,8 +156,9 @@ def _looked_into(owners: list[_Owner]) -> dict[int, str]:
             reads = [r for r in traced.reads if isinstance(r.holder, str) and r.name[0] != "_"]
             names += [f"{read.holder}.{read.name}" for read in reads]
             for name in names:
-                module = owner.module.get_submodule(name.rpartition(".")[0])
-                found.setdefault(id(module), owner.qualified(name.removeprefix(".")))
+                path = name.rpartition(".")[0]
+                if path:  # a module may look into itself, as FrozenBatchNorm2d does
+                    found.setdefault(id(owner.module.get_submodule(path)), owner.qualified(name))
     return found
 
 
