@@ -33,6 +33,8 @@ bench: setup  ## compare with stock PyTorch and other engines, about an hour; fi
 	pip install --quiet --group peers
 	python -m benchmarks --compile --output $(RECORD)
 	python -m benchmarks conv_bn_relu models --malloc fresh --output $(RECORD)
+	if /sbin/ldconfig -p 2> /dev/null | grep -q libtcmalloc; then \
+	  python -m benchmarks models --case training --malloc tcmalloc --output $(RECORD); fi
 	python -m benchmarks quantized_linear --capability avx2 --output $(RECORD)
 	python examples/quantized_transformer.py | tee $(RECORD)/quantized_transformer.txt
 	python examples/adamw_layouts.py --output $(RECORD)/losses

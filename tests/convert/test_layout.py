@@ -69,6 +69,21 @@ def head_flatten_in_part(net, x):
     return x.flatten(2)
 
 
+class Blocks(nn.Sequential):
+    """Activations in place, as torchvision writes them."""
+
+    def __init__(self):
+        def block(channels):
+            conv = nn.Conv2d(channels, 8, 3, padding=1)
+            return nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+
+        super().__init__(block(3), nn.Identity(), block(8), nn.AvgPool2d(8), nn.Flatten())
+
+    @property
+    def pool(self):
+        return self[3]
+
+
 class ChangesItsInput(nn.Module):
     def __init__(self):
         super().__init__()
@@ -122,6 +137,14 @@ def test_hidden_where_nobody_sees_it(head, channels):
     assert (stock_formats, formats) == ([False], [True])
     torch.testing.assert_close(output, expected)
     assert output.stride() == expected.stride()
+
+
+def test_what_changes_an_activation_of_its_own_does_not_see_it():
+    net, x = Blocks().eval(), torch.randn(2, 3, 8, 8)
+    welded = tw.weld(net)
+    output, formats = memory_formats(welded, x)
+    assert formats == [True]
+    torch.testing.assert_close(output, net(x))
 
 
 @pytest.mark.parametrize(
@@ -185,10 +208,35 @@ def test_a_trace_and_the_stock_form():
     assert memory_formats(tw.unweld(welded), x)[1] == [False]
 
 
-@pytest.mark.parametrize("first", ["module", "method"])
-def test_a_model_that_changes_its_input_changes_it(first):
-    stem = nn.Sequential(nn.ReLU(inplace=True), Net(head_flatten))
-    net = (stem if first == "module" else ChangesItsInput()).eval()
+class Calls(nn.Module):
+    """Does something to its input before the rest."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.drop2d, self.body = first, nn.Dropout2d(), Net(head_flatten)
+
+    def forward(self, x):
+        return self.body(self.first(self, x))
+
+
+IN_PLACE = nn.ReLU(inplace=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ChangesItsInput,
+        lambda: nn.Sequential(IN_PLACE, Net(head_flatten)),
+        lambda: nn.Sequential(nn.Identity(), IN_PLACE, Net(head_flatten)),
+        lambda: nn.Sequential(nn.Dropout2d(), nn.Sequential(IN_PLACE), Net(head_flatten)),
+        lambda: Calls(lambda net, x: net.drop2d(x).mul_(2)),
+        lambda: Calls(lambda net, x: F.relu(x.detach(), inplace=True)),
+        lambda: Calls(lambda net, x: torch.relu_(input=x.float())),
+        lambda: Calls(lambda net, x: x.contiguous().add_(1)),
+    ],
+)
+def test_a_model_that_changes_its_input_changes_it(make):
+    net = make().eval()
     x = torch.randn(2, 3, 8, 8)
     ours, theirs = x.clone(), x.clone()
     torch.testing.assert_close(tw.weld(net)(ours), net(theirs))

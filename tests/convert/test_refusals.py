@@ -181,6 +181,35 @@ def test_a_block_called_twice_is_one_block():
     assert model[0][1].num_batches_tracked == 2
 
 
+class Looks(nn.Module):
+    """Reads what belongs to the modules of a child that fuses."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.child, self.body = nn.Sequential(*conv_bn(4, 4), nn.ReLU()), forward
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    ("what", "forward"),
+    [
+        ("child.0.weight", lambda self, x: self.child(x) * self.child[0].weight.sum()),
+        ("child.1.running_var", lambda self, x: self.child(x) + self.child[1].running_var.mean()),
+        ("child.1.eps", lambda self, x: self.child(x) + self.child[1].eps),
+    ],
+)
+def test_what_others_read_is_not_folded(what, forward):
+    torch.manual_seed(0)
+    model, x = Looks(forward), torch.randn(2, 4, 5, 5)
+    model(x)
+    snapshot = tw.weld(model.eval(), inference=True)
+    assert [row.detail for row in tw.report(snapshot)] == [f"a forward reads {what} by itself"]
+    torch.testing.assert_close(snapshot(x), model(x).detach())
+    assert len(tw.report(tw.weld(model)).converted) == 1  # which shares them
+
+
 class Adds(nn.Module):
     def __init__(self, forward):
         super().__init__()

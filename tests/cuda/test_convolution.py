@@ -1,6 +1,7 @@
 """The convolutions inside conv_bn_relu on a GPU: which one runs, and that it is right."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -95,12 +96,18 @@ def test_depthwise_of_misaligned_memory():
     assert torch.equal(run(moved), run(problem.input))
 
 
-def test_depthwise_past_2_31_elements():
-    batch = 2**31 // (8 * 64 * 64) + 2
-    if torch.cuda.mem_get_info()[0] < 3 * 2 * batch * 8 * 64 * 64:
+def past_2_31_elements(copies):
+    """Images of zeros, the last of ones; skips where the GPU has no room for so many of them."""
+    shape = 2**31 // (8 * 64 * 64) + 2, 8, 64, 64
+    if torch.cuda.mem_get_info()[0] < copies * 2 * math.prod(shape):
         pytest.skip("not enough memory on the GPU")
-    x = torch.zeros(batch, 8, 64, 64, dtype=torch.float16, device=DEVICE).to(memory_format=NHWC)
+    x = torch.zeros(shape, dtype=torch.float16, device=DEVICE).to(memory_format=NHWC)
     x[-1] = 1
+    return x
+
+
+def test_depthwise_past_2_31_elements():
+    x = past_2_31_elements(copies=3)
     weight = torch.ones(8, 1, 3, 3, dtype=torch.float16, device=DEVICE)
     y = tw.ops.conv_relu(x, weight, padding=1, groups=8)
     assert (y[-1, :, 1:-1, 1:-1] == 9).all()
@@ -173,11 +180,7 @@ def test_fused_convolution_does_not_read_its_output(dtype):
 
 
 def test_fused_convolution_is_not_asked_for_past_2_31_elements():
-    batch = 2**31 // (8 * 64 * 64) + 2
-    if torch.cuda.mem_get_info()[0] < 4 * 2 * batch * 8 * 64 * 64:
-        pytest.skip("not enough memory on the GPU")
-    x = torch.zeros(batch, 8, 64, 64, dtype=torch.float16, device=DEVICE).to(memory_format=NHWC)
-    x[-1] = 1
+    x = past_2_31_elements(copies=4)
     weight = torch.ones(8, 8, 1, 1, dtype=torch.float16, device=DEVICE)
     results = []
     called = convolutions_of(lambda: results.append(tw.ops.conv_relu(x, weight)))

@@ -330,3 +330,18 @@ def test_folding_silent_channels_and_own_memory():
     assert torch.equal(folded(make_input()), torch.zeros(3, 6, 5, 5))
     assert torch.equal(copy.deepcopy(folded).bias, torch.zeros(6))
     assert folded.weight.data_ptr() != conv.weight.data_ptr()
+
+
+def test_folding_rounds_once():
+    torch.manual_seed(0)
+    conv, bn = nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64)
+    bn.running_mean.normal_(), bn.running_var.uniform_(0.01, 10)
+    nn.init.normal_(bn.weight), nn.init.normal_(bn.bias)
+    folded = tw.nn.ConvReLU2d.from_float(conv, bn)
+    with torch.no_grad():
+        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        shift = (conv.bias.double() - bn.running_mean.double()) * scale + bn.bias.double()
+        exact = conv.weight.double() * scale[:, None, None, None], shift
+    for ours, value in zip((folded.weight, folded.bias), exact, strict=True):
+        half_a_unit = torch.exp2(value.abs().log2().floor() - 24)
+        assert ((ours - value).abs() <= half_a_unit * (1 + 1e-6)).all()

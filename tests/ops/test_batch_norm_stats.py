@@ -1,5 +1,7 @@
 """The statistics of conv-bn-relu: of any shape, far from zero, exchanged between processes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,30 @@ def test_statistics_of_any_shape(shape, layout):
     assert count.item() == exact.shape[1]
     torch.testing.assert_close(mean, exact.mean(1), rtol=1e-9, atol=0)
     torch.testing.assert_close(m2, exact.var(1, correction=0) * exact.shape[1], rtol=1e-6, atol=0)
+
+
+LAYERS = [((64, 64, 3, 3), 1), ((64, 64, 1, 1), 1), ((20, 3, 7, 7), 1), ((48, 1, 3, 3), 48)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("weight", "groups"), LAYERS, ids=str)
+def test_a_layer_whose_mean_is_ten_thousand_deviations(weight, groups, layout):
+    """By Winograd, dense and depthwise sums, and ATen's: the moments are those of the output."""
+    torch.manual_seed(0)
+    x = torch.randn(2, weight[1] * groups, 14, 14).contiguous(memory_format=layout)
+    w = torch.randn(weight) / math.sqrt(math.prod(weight[1:]))
+    bias = torch.full((weight[0],), 1e4)
+    geometry = {"padding": weight[2] // 2, "groups": groups, "eps": 1e-12}
+    _, output, mean, invstd, var = tw.ops.conv_bn_relu(x, w, bias, **geometry)
+    exact = output.double().transpose(0, 1).flatten(1)
+    assert (exact.mean(1) / exact.std(1)).median() > 8e3
+    torch.testing.assert_close(
+        invstd, (exact.var(1, correction=0) + 1e-12).rsqrt(), rtol=1e-5, atol=0
+    )
+    running_mean, running_var = torch.zeros(weight[0]), torch.ones(weight[0])
+    tw.ops.update_running_stats(running_mean, running_var, mean, var, exact.shape[1], 1.0)
+    torch.testing.assert_close(running_var, exact.var(1).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(running_mean, exact.mean(1).float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])

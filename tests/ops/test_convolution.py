@@ -242,7 +242,7 @@ def test_same_bits_for_any_number_of_threads(name):
         for case in LARGE:
             torch.set_num_threads(1)
             expected = run(case)
-            for count in (2, 3):
+            for count in (2, 3, 7):
                 torch.set_num_threads(count)
                 assert all(map(torch.equal, run(case), expected)), (case, count)
     finally:

@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,3 +78,35 @@ def test_packed_weight_in_huge_pages(shape, dtype):
     assert actual.dtype == dtype
     assert torch.equal(actual, weight)
     torch.library.opcheck(torch.ops.torchweld._in_huge_pages, (weight,))
+
+
+FORKS = """
+import os, signal, threading, torch, torchweld as tw
+torch.set_num_threads(1)
+tw.config.memory_pool = 1  # so that what is freed is unmapped at once, under the pool's lock
+one = torch.ones(4, dtype=torch.float64)
+def chain(x):
+    for _ in range(16):
+        x = tw.ops.batch_norm_relu(x, one, one)
+    return x
+small, large = torch.ones(1, 4, 256, 1024), torch.ones(1, 4, 1024, 1024)
+traced = torch.jit.trace(chain, small, check_trace=False)  # frees without Python's lock
+def run():
+    while True:
+        traced(large)
+threading.Thread(target=run, daemon=True).start()
+for _ in range(60):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        tw.ops.batch_norm_relu(small, one, one)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        os._exit(1)
+os._exit(0)
+"""
+
+
+def test_a_process_forks_while_another_thread_frees():
+    """As a data loader's does: the child is not left with a lock that nobody opens."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], check=True, timeout=120)

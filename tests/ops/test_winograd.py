@@ -123,6 +123,21 @@ def test_any_input_errs_by_little_of_the_sum_of_magnitudes(kind, shape, out_chan
         assert (a - e).abs().max() <= 48 * 2.0**-24 * m.max() + underflow
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [(0, 0), (5, 6), (12, 13)])
+def test_what_is_not_finite_stays_in_its_tiles(bad, at):
+    """All outputs that read the pixel, and at most the tiles of 4x4 that these are in."""
+    x, weight = problem((2, 37, 13, 14), 53)
+    finite, _ = winograd(x, weight)
+    x[0, 3, at[0], at[1]] = bad
+    reads = torch.conv2d(x.isfinite().logical_not().float(), torch.ones_like(weight), padding=1) > 0
+    tiles = F.max_pool2d(F.pad(reads.float(), (0, 2, 0, 3)), 4)
+    allowed = F.interpolate(tiles, scale_factor=4)[..., :13, :14] > 0
+    output, _ = winograd(x, weight)
+    assert not output[reads].isfinite().any()
+    assert torch.equal(output[~allowed], finite[~allowed])
+
+
 # Of few channels, summed by tasks with sums of their own, in one group of images and in several;
 # of many, by point.
 MANY_PIXELS = [((16, 20, 30, 31), 37), ((4, 64, 56, 56), 64), ((8, 128, 14, 14), 96)]
@@ -147,10 +162,10 @@ def test_any_number_of_threads_gives_the_same_bits(shape, out_channels):
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 3):
+        for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             results.append((*winograd(x, weight), *gradients(grad, x, weight)))
     finally:
         torch.set_num_threads(before)
-    for one, three in zip(*results, strict=True):
-        assert torch.equal(one, three)
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)

@@ -28,6 +28,7 @@ class SeenError(Exception):
 
 
 IMAGE = "image"  # 4-D, perhaps channels_last where the stock model has it contiguous
+INPUT = "input"  # the same, and perhaps the very tensor that the caller gave
 PLAIN = "plain"  # as in the stock model
 
 # Image in, image out; anything else in, the same out.
@@ -48,6 +49,10 @@ _LIKE_INPUT_METHODS = {
     "relu", "relu_", "sigmoid", "add", "add_", "mul", "mul_", "sub", "sub_", "float", "clone",
     "detach", "div", "div_", "clamp", "clamp_",
 }  # fmt: skip
+# They return another tensor than they are given.
+_FRESH_MODULES = (
+    nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d,
+)  # fmt: skip
 # Their result lies as in the stock model whatever went in. Without an image any operation does.
 _PLAIN_FUNCTIONS = {torch.mean, getattr, len}
 _PLAIN_METHODS = {"mean", "contiguous", "size", "dim"}
@@ -61,7 +66,7 @@ def seen_by(model: nn.Module) -> str:
                 forward = stock_class(model).forward
                 inputs = usual_call(forward)
                 count = len(inputs[1]) - 1 if isinstance(inputs, tuple) else 0
-                if _holds_image(_follow(model, "", [IMAGE] * count)):
+                if _holds_image(_follow(model, "", [INPUT] * count)):
                     raise SeenError("the model returns an activation")
     except SeenError as seen:
         return str(seen)
@@ -75,8 +80,10 @@ def _follow(module: nn.Module, path: str, inputs: list[Any]) -> Any:
     kind = stock_class(module)
     if is_hooked(module):
         raise SeenError(f"{path or 'the model'} has hooks")
+    if getattr(module, "inplace", False) and _holds(INPUT, inputs):
+        raise SeenError(f"{path} changes its input")
     if kind in _LIKE_INPUT_MODULES:
-        return IMAGE
+        return IMAGE if kind in _FRESH_MODULES else _image_of(inputs)
     if isinstance(module, nn.Flatten) and kind is nn.Flatten:
         return _of_flatten(module.start_dim, module.end_dim, path)
     if kind is nn.Dropout:
@@ -84,8 +91,6 @@ def _follow(module: nn.Module, path: str, inputs: list[Any]) -> Any:
     if kind.forward is nn.Sequential.forward:
         value = inputs[0]
         for name, child in module.named_children():
-            if value is inputs[0] and getattr(child, "inplace", False):
-                raise SeenError(f"{path}.{name} changes its input".lstrip("."))
             value = _follow(child, f"{path}.{name}".lstrip("."), [value])
         return value
     if kind.__module__.startswith("torch.nn."):
@@ -118,8 +123,6 @@ def _follow_graph(module: nn.Module, path: str, inputs: list[Any]) -> Any:
             arguments = [kind_of(a) for a in (*node.args, *node.kwargs.values())]
             if _holds_image(arguments) and not _is_usual_call(child, node):
                 raise SeenError(f"{where} is called in a form of its own")
-            if getattr(child, "inplace", False) and _is_input(node):
-                raise SeenError(f"{where} changes its input")
             values[node] = _follow(child, where, arguments)
         else:
             values[node] = _of_call(node, kind_of((node.args, node.kwargs)), path)
@@ -131,12 +134,6 @@ def _is_usual_call(module: nn.Module, node: fx.Node) -> bool:
         return True
     spec = (tuple, *[TENSOR if isinstance(a, fx.Node) else None for a in node.args])
     return not node.kwargs and usual_call(stock_class(module).forward) == (tuple, spec, (dict,))
-
-
-def _is_input(node: fx.Node) -> bool:
-    """Whether what an operation changes may be what the caller gave."""
-    first = node.args[0] if node.args else None
-    return isinstance(first, fx.Node) and first.op == "placeholder"
 
 
 def _of_flatten(start: int, end: int, path: str) -> Any:
@@ -157,7 +154,7 @@ def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
         return _of_flatten(start, end, path)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
     in_place = name.endswith("_") or node.target in IN_PLACE or node.kwargs.get("inplace")
-    if in_place and _is_input(node):
+    if _holds(INPUT, arguments) and (in_place or name == "contiguous"):  # which may return it
         raise SeenError(f"{path or 'the model'} changes its input")
     like, plain = (
         (_LIKE_INPUT_METHODS, _PLAIN_METHODS)
@@ -165,9 +162,9 @@ def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
         else (_LIKE_INPUT_FUNCTIONS, _PLAIN_FUNCTIONS)
     )
     if node.target is F.dropout and not _argument(node, 2, "training", True):
-        return IMAGE
+        return _image_of(arguments)
     if node.target in like:
-        return IMAGE
+        return _image_of(arguments)
     # A name read of a value: only those that say nothing of strides.
     if node.target in plain and (node.target is not getattr or node.args[1] in ("shape", "dtype")):
         return PLAIN
@@ -179,8 +176,17 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 
 
 def _holds_image(value: Any) -> bool:
+    return _holds(IMAGE, value) or _holds(INPUT, value)
+
+
+def _image_of(arguments: Any) -> str:
+    """The kind of an image made of others, or which is one of them."""
+    return INPUT if _holds(INPUT, arguments) else IMAGE
+
+
+def _holds(kind: str, value: Any) -> bool:
     if isinstance(value, dict):
-        return any(map(_holds_image, value.values()))
+        return any(_holds(kind, part) for part in value.values())
     if isinstance(value, (list, tuple)):
-        return any(map(_holds_image, value))
-    return isinstance(value, str) and value == IMAGE
+        return any(_holds(kind, part) for part in value)
+    return isinstance(value, str) and value == kind

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from torch import fx, nn
+from torch import nn
 
 from torchweld.convert import _fused, _match, _rules, _welded
 from torchweld.convert._inline import inline
@@ -24,6 +24,8 @@ def weld_patterns(model: nn.Module, inference: bool) -> list[Row]:
     # Modules are known by their ids here, which what folding puts in their place must not get.
     alive = [*model.modules()]
     once = _used_once(model, owners)
+    # Folded modules are others, which nobody may look into.
+    fixed: dict[int, str] = _looked_into(owners) if inference else {}
     calls = _calls(owners)
     rows: dict[str, Row] = {}  # by names of conv and bn: a parent may have claimed its child's
     failed: list[str] = []
@@ -33,7 +35,7 @@ def weld_patterns(model: nn.Module, inference: bool) -> list[Row]:
                 rows[owner.path] = Row(owner.path, CONVERSION, False, owner.failure)
                 failed.append(owner.path)
             continue
-        found = owner.find(once, inference)
+        found = owner.find(once, fixed, inference)
         units = [unit for unit, _ in found.values() if unit is not None]
         failure = _install(owner, units, calls[id(owner.module)], inference)
         for key, (unit, detail) in found.items():
@@ -71,7 +73,9 @@ class _Owner:
         seen, unseen = ("training", "evaluation")[:: 1 if True in self.traced else -1]
         return f" in {seen}; in {unseen} it {self.failure}"
 
-    def find(self, once: set[int], inference: bool) -> dict[tuple[str, ...], _Finding]:
+    def find(
+        self, once: set[int], fixed: dict[int, str], inference: bool
+    ) -> dict[tuple[str, ...], _Finding]:
         """Return what it owns, by names of conv and bn, as the first mode that has it shows it."""
 
         def may_open(path: str) -> bool:
@@ -82,7 +86,7 @@ class _Owner:
             with _welded.mode(self.module, training):
                 graph = inline(self.module, traced, may_open).graph
             for match in _match.find(self.module, graph):
-                reason = match.reason or _reason_here(self.module, graph, match, once, inference)
+                reason = match.reason or _reason_here(self.module, match, once, fixed, inference)
                 key = match.names[:2]
                 if key not in found or found[key][0] is None:
                     unit = None if reason else match.unit
@@ -142,6 +146,22 @@ def _used_once(model: nn.Module, owners: list[_Owner]) -> set[int]:
     return {key for key in called if called[key] == 1 and registered[key] == 1}
 
 
+def _looked_into(owners: list[_Owner]) -> dict[int, str]:
+    """Return what forwards read of other modules, tensors and settings, by the modules' ids."""
+    found: dict[int, str] = {}
+    for owner in owners:
+        for traced in owner.traced.values():
+            names = [str(n.target) for n in traced.graph.nodes if n.op == "get_attr"]
+            # torch.fx itself goes through `_modules`.
+            reads = [r for r in traced.reads if isinstance(r.holder, str) and r.name[0] != "_"]
+            names += [f"{read.holder}.{read.name}" for read in reads]
+            for name in names:
+                path = name.rpartition(".")[0]
+                if path:  # a module may look into itself, as FrozenBatchNorm2d does
+                    found.setdefault(id(owner.module.get_submodule(path)), owner.qualified(name))
+    return found
+
+
 def _calls(owners: list[_Owner]) -> defaultdict[int, list[object]]:
     """Return the forms in which the traced forwards call each module, by its id."""
     calls: defaultdict[int, list[object]] = defaultdict(list)
@@ -157,20 +177,16 @@ def _calls(owners: list[_Owner]) -> defaultdict[int, list[object]]:
 
 
 def _reason_here(
-    owner: nn.Module, graph: fx.Graph, match: _match.Found, once: set[int], inference: bool
+    owner: nn.Module, match: _match.Found, once: set[int], fixed: dict[int, str], inference: bool
 ) -> str:
     assert match.unit is not None
     conv, bn = (owner.get_submodule(path) for path in match.unit.pair)
     for module in (conv, bn):
         if id(module) not in once:
             return f"the {type(module).__name__} is used more than once"
-    if not inference:
-        return ""
-    for node in graph.nodes:
-        path = str(node.target)
-        if node.op == "get_attr" and path.startswith(tuple(f"{p}." for p in match.unit.pair)):
-            return f"its forward reads {path} by itself"
-    return _rules.reason_against_folding(bn)
+        if id(module) in fixed:
+            return f"a forward reads {fixed[id(module)]} by itself"
+    return _rules.reason_against_folding(bn) if inference else ""
 
 
 def _has_direct_pair(module: nn.Module) -> bool:
