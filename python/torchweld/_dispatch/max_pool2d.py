@@ -95,7 +95,9 @@ def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     row += (torch.arange(taps.shape[2]) * stride[0] - padding[0])[:, None]
     column += torch.arange(taps.shape[3]) * stride[1] - padding[1]
     # A window may hold nothing but padding.
-    inside = row.clamp_(max=grad.shape[2] - 1) * grad.shape[3] + column.clamp_(max=grad.shape[3] - 1)
+    inside = row.clamp_(max=grad.shape[2] - 1) * grad.shape[3] + column.clamp_(
+        max=grad.shape[3] - 1
+    )
     fetched = grad.flatten(2).gather(2, inside.flatten(2)).view_as(taps)
     return (fetched, *[None] * 7)
 

@@ -166,8 +166,7 @@ def unweld(model: nn.Module) -> nn.Module:
             _welded.uninstall(module)
         if type(module) is SyncBatchNorm:
             module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
-        if type(module) is MaxPool2d:
-            module.__class__ = nn.MaxPool2d
+    unweld_pools([module for module in stock.modules() if type(module) is MaxPool2d])
     for conversion in (CONVERSION, POOLS):
         record(stock, Report(), replacing=conversion)
     return stock

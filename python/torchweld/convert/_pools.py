@@ -18,8 +18,13 @@ def weld_pools(model: nn.Module) -> list[nn.Module]:
     In place, as the module has no state and decides by itself, with every input, whose kernels are
     to pool it. Hooks and shared modules are therefore as before.
     """
-    pools = [module for module in model.modules() if type(module) is nn.MaxPool2d]
-    pools = [p for p in pools if not p.return_indices and "forward" not in p.__dict__]
+    pools: list[nn.Module] = [
+        module
+        for module in model.modules()
+        if type(module) is nn.MaxPool2d
+        and not module.return_indices
+        and "forward" not in module.__dict__
+    ]
     for pool in pools:
         pool.__class__ = MaxPool2d
     return pools

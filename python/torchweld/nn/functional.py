@@ -7,7 +7,7 @@ from typing import Any, List, Optional, Tuple  # noqa: UP035
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._jit_internal import BroadcastingList2
+from torch._jit_internal import BroadcastingList2  # type: ignore[attr-defined]
 
 __all__ = ["conv_bn_relu", "max_pool2d"]
 
@@ -227,11 +227,12 @@ def _max_pool2d(
     ceil_mode: bool,
 ) -> Tensor:
     # The operator sends what it has no kernels for to torch's own; from here it is not as far.
+    transformed = False
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if torch._C._are_functorch_transforms_active():
-            return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+        transformed = torch._C._are_functorch_transforms_active()
     ours = (
-        input.dim() == 4
+        not transformed
+        and input.dim() == 4
         and (input.dtype == torch.float32 or input.dtype == torch.bfloat16)
         and input.device.type == "cpu"
         and input.layout == torch.strided
