@@ -133,11 +133,12 @@ void forward_rows(const MaxPool2dOf<T>& d, uint8_t* positions) {
     for (int64_t q = 0; q < d.width; ++q, at += channels) {
       const PoolRun column = d.columns.runs[q];
       fetch(ahead + q * share, share * (int64_t)sizeof(T));
+      T* to = d.destination + at;
+      uint8_t* position = kPositions ? positions + at : nullptr;
       if (whole && column.count == kColumns) {
-        forward_pixel<kPositions, kRows, kColumns>(d, row, column, d.destination + at,
-                                                   positions + at);
+        forward_pixel<kPositions, kRows, kColumns>(d, row, column, to, position);
       } else {
-        forward_pixel<kPositions, 0, 0>(d, row, column, d.destination + at, positions + at);
+        forward_pixel<kPositions, 0, 0>(d, row, column, to, position);
       }
     }
   }

@@ -32,6 +32,8 @@ def weld(
     Only the smallest module that owns such a pattern gets a new forward. Its class keeps its name
     and stays a subclass of the stock one; conv, bn and activation stay registered where they are,
     so state_dict keys, parameter order, attributes and everything above are as before.
+    In a model where something is fused, each plain ``nn.MaxPool2d`` becomes a
+    :class:`torchweld.nn.MaxPool2d`.
     A forward that torch.fx cannot trace, or a pattern that fusing would change (see
     :func:`torchweld.report`), is left alone.
 
