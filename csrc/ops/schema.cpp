@@ -117,6 +117,24 @@ STABLE_TORCH_LIBRARY(torchweld, m) {
       "Tensor count, str activation, float negative_slope) -> (Tensor grad_input, "
       "Tensor grad_residual)");
 
+  // --- max_pool2d --------------------------------------------------------------------------------
+  // torch.max_pool2d: on the CPU, 4-D float32 and bfloat16 in channels_last memory with windows of
+  // at most 256 taps and 32 times the stride is pooled by kernels of ours, everything else by
+  // ATen's. The arguments are torch's; an empty stride is that of the window.
+  m.def(
+      "max_pool2d(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, "
+      "int[2] dilation=1, bool ceil_mode=False) -> Tensor");
+  // The same, with kernels of ours or an error, and which tap of its window each output is (uint8
+  // [N, C, H_out, W_out], row by row): what the backward needs.
+  m.def(
+      "max_pool2d_with_positions(Tensor input, int[2] kernel_size, int[2] stride=[], "
+      "int[2] padding=0, int[2] dilation=1, bool ceil_mode=False) -> (Tensor output, "
+      "Tensor positions)");
+  // The gradient for an input of this height and width; stride is not empty.
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor positions, SymInt height, SymInt width, "
+      "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+
   // --- one algorithm of our own, for tests and measurements --------------------------------------
   // clamp(conv(input) + bias + residual, low, high) of float32 tensors by the named algorithm, an
   // error where it cannot compute the shape; and, if asked for, float64 [3, C]: values per channel,

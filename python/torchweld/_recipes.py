@@ -3,7 +3,7 @@
 A fused unit saves its convolution's output, and its own output is one pass over that. Inside
 :func:`recording`, whatever saves such an output, the next convolution or a max pooling, therefore
 gets a recipe to save, and the backward makes the same bits again. A residual that has a recipe is
-part of a recipe by its recipe.
+part of a recipe by its recipe, and so is what our max pooling made a smaller image of.
 
 The goal is that of Rota Bulò et al., In-Place Activated BatchNorm
 (https://arxiv.org/abs/1712.02616); as nothing is inverted here, any activation and weight will do.

@@ -17,7 +17,8 @@ class Row:
     Attributes:
         name: qualified name of the module in the model, as in ``named_modules``; several modules
             converted together are joined by ``" + "``.
-        conversion: ``"conv_bn_relu"``, ``"quantized_linear"`` or ``"qat_linear"``.
+        conversion: ``"conv_bn_relu"``, ``"max_pool2d"``, ``"quantized_linear"`` or
+            ``"qat_linear"``.
         converted: whether it was converted.
         detail: what it became, or why it was left alone.
         weight_sqnr: signal to noise in dB of the quantized weight, against the one it was made of;

@@ -80,6 +80,14 @@ def depthwise(
     return [t.detach() for t in (y, x.grad, block.conv.weight.grad)]
 
 
+def pooling(device: str, dtype: torch.dtype, layout: torch.memory_format) -> Results:
+    x = torch.randn(2, 24, 9, 11).to(device, dtype, memory_format=layout).requires_grad_()
+    y = tw.nn.MaxPool2d(3, 2, 1)(x)
+    y.backward(torch.ones_like(y))
+    # An exported model calls the operator itself.
+    return [y.detach(), x.grad, torch.ops.torchweld.max_pool2d(x.detach(), 2)]
+
+
 def linear(
     device: str,
     dtype: torch.dtype,
@@ -135,6 +143,9 @@ def ops() -> Iterator[tuple[str, torch.dtype, Callable[[str], Results]]]:
                 run = lambda d, t=dtype, f=layout, h=how: conv(d, t, f, h)  # noqa: E731
                 yield f"conv_bn_relu {how}, {layout}", dtype, run
             yield f"conv_relu, {layout}", dtype, lambda d, t=dtype, f=layout: folded(d, t, f)
+        for dtype in TOLERANCE:
+            run = lambda d, t=dtype, f=layout: pooling(d, t, f)  # noqa: E731
+            yield f"max_pool2d, {layout}", dtype, run
     for channels, taps, stride in (
         (24, 3, 1),
         (16, 3, 2),

@@ -12,6 +12,7 @@
   extern const GemmKernels gemm_kernels;                \
   extern const LinearInt4Kernels linear_int4;           \
   extern const WeightOnlyKernels linear_weight_only;    \
+  extern const MaxPool2dKernels max_pool2d;             \
   extern const QuantizedLinearKernels quantized_linear; \
   extern const WinogradKernels winograd;                \
   inline constexpr KernelTable table{                   \
@@ -22,6 +23,7 @@
       .gemm = &gemm_kernels,                            \
       .linear_int4 = &linear_int4,                      \
       .linear_weight_only = &linear_weight_only,        \
+      .max_pool2d = &max_pool2d,                        \
       .quantized_linear = &quantized_linear,            \
       .winograd = &winograd,                            \
   };                                                    \

@@ -10,6 +10,7 @@
 #include "kernels/gemm_bf16.h"
 #include "kernels/linear_int4.h"
 #include "kernels/linear_weight_only.h"
+#include "kernels/max_pool2d.h"
 #include "kernels/quantized_linear.h"
 #include "kernels/winograd.h"
 
@@ -23,6 +24,7 @@ struct KernelTable {
   const GemmKernels* gemm;
   const LinearInt4Kernels* linear_int4;
   const WeightOnlyKernels* linear_weight_only;
+  const MaxPool2dKernels* max_pool2d;
   const QuantizedLinearKernels* quantized_linear;
   const WinogradKernels* winograd;
   const GemmBF16Kernels* gemm_bf16 = nullptr;  // where there are instructions for it

@@ -6,6 +6,7 @@ from torchweld import _library as _library  # isort: skip
 from torchweld._dispatch import (
     adamw,
     conv_bn_relu,
+    max_pool2d,
     quantized_linear,
     quantized_linear_int4,
     weight_only_linear,
@@ -14,6 +15,7 @@ from torchweld._dispatch import (
 __all__ = [
     "adamw",
     "conv_bn_relu",
+    "max_pool2d",
     "quantized_linear",
     "quantized_linear_int4",
     "weight_only_linear",

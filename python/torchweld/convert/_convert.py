@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_leaves
 from torchweld.convert import _welded
 from torchweld.convert._layout import seen_by
 from torchweld.convert._linear import pack_linears
+from torchweld.convert._pools import CONVERSION as POOLS
+from torchweld.convert._pools import rows, unweld_pools, weld_pools
 from torchweld.convert._survey import CONVERSION, weld_patterns
-from torchweld.nn import SyncBatchNorm
+from torchweld.nn import MaxPool2d, SyncBatchNorm
 from torchweld.report import Report, record
 
 
@@ -30,6 +32,8 @@ def weld(
     Only the smallest module that owns such a pattern gets a new forward. Its class keeps its name
     and stays a subclass of the stock one; conv, bn and activation stay registered where they are,
     so state_dict keys, parameter order, attributes and everything above are as before.
+    In a model where something is fused, each plain ``nn.MaxPool2d`` becomes a
+    :class:`torchweld.nn.MaxPool2d`.
     A forward that torch.fx cannot trace, or a pattern that fusing would change (see
     :func:`torchweld.report`), is left alone.
 
@@ -111,10 +115,16 @@ def weld(
             module.__class__ = SyncBatchNorm  # type: ignore[assignment]
     if inference:
         welded.eval().requires_grad_(False)
+    pools = weld_pools(welded)  # before the forwards are looked at, which remember classes
     found = Report(weld_patterns(welded, inference))
     record(welded, found, replacing=CONVERSION)
-    if any(row.converted for row in found) and not seen_by(model):
-        _welded.hide_channels_last(welded, snapshot=inference)
+    if found.converted:
+        record(welded, Report(rows(welded)), replacing=POOLS)
+        if not seen_by(model):
+            _welded.hide_channels_last(welded, snapshot=inference)
+    else:
+        unweld_pools(pools)
+        record(welded, Report(), replacing=POOLS)
     if inference:
         pack_linears(welded)
     if inference and not _welded.is_snapshot(welded):
@@ -158,7 +168,9 @@ def unweld(model: nn.Module) -> nn.Module:
             _welded.uninstall(module)
         if type(module) is SyncBatchNorm:
             module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
-    record(stock, Report(), replacing=CONVERSION)
+    unweld_pools([module for module in stock.modules() if type(module) is MaxPool2d])
+    for conversion in (CONVERSION, POOLS):
+        record(stock, Report(), replacing=conversion)
     return stock
 
 

@@ -21,6 +21,7 @@ from torchweld.convert._rules import is_hooked
 from torchweld.convert._trace import trace, usual_call
 from torchweld.convert._values import TENSOR, stock_class
 from torchweld.convert._watch import UntraceableError
+from torchweld.nn import MaxPool2d
 
 
 class SeenError(Exception):
@@ -35,7 +36,7 @@ PLAIN = "plain"  # as in the stock model
 _LIKE_INPUT_MODULES = (
     nn.Identity, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.ReLU, nn.ReLU6,
     nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.ELU,
-    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d,
+    nn.MaxPool2d, MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d,
     nn.Upsample,
 )  # fmt: skip
 _LIKE_INPUT_FUNCTIONS = {

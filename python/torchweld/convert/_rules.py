@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from torchweld.convert._frozen import has_frozen_name, is_frozen
 from torchweld.convert._values import stock_class
-from torchweld.nn import ConvReLU2d, SyncBatchNorm
+from torchweld.nn import ConvReLU2d, MaxPool2d, SyncBatchNorm
 
 FOLDED = "_torchweld_folded"  # marks a linear layer that holds a batch normalization as well
 
@@ -135,7 +135,7 @@ def has_open_forward(module: nn.Module) -> bool:
 def is_pure(module: nn.Module) -> bool:
     """Whether calling a module surely leaves its arguments as they are."""
     return all(
-        (_is_torchs(type(part).forward) or is_frozen(part))
+        (_is_torchs(type(part).forward) or is_frozen(part) or type(part) is MaxPool2d)
         and not getattr(part, "inplace", False)
         and not is_hooked(part)
         for part in module.modules()

@@ -7,8 +7,9 @@ from typing import Any, List, Optional, Tuple  # noqa: UP035
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._jit_internal import BroadcastingList2  # type: ignore[attr-defined]
 
-__all__ = ["conv_bn_relu"]
+__all__ = ["conv_bn_relu", "max_pool2d"]
 
 
 # TorchScript compiles the functions below; it reads Optional[X] and List[int] in every torch we
@@ -215,3 +216,77 @@ def _bn_state(bn: nn.modules.batchnorm._BatchNorm) -> tuple[Any, ...]:
         bn.momentum,
         bn.eps,
     )
+
+
+def _max_pool2d(
+    input: Tensor,
+    kernel_size: BroadcastingList2[int],
+    stride: BroadcastingList2[int],
+    padding: BroadcastingList2[int],
+    dilation: BroadcastingList2[int],
+    ceil_mode: bool,
+) -> Tensor:
+    # The operator sends what it has no kernels for to torch's own; from here it is not as far.
+    transformed = False
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        transformed = torch._C._are_functorch_transforms_active()
+    ours = (
+        not transformed
+        and input.dim() == 4
+        and (input.dtype == torch.float32 or input.dtype == torch.bfloat16)
+        and input.device.type == "cpu"
+        and input.layout == torch.strided
+        and input.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not ours:
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    output: Tensor = torch.ops.torchweld.max_pool2d(
+        input, kernel_size, stride, padding, dilation, ceil_mode
+    )
+    return output
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Compute ``torch.nn.functional.max_pool2d``, faster on channels_last images on the CPU.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``.
+        kernel_size: of the window.
+        stride: of the window; ``kernel_size`` if absent.
+        padding: of the input with -inf, on both sides.
+        dilation: from one tap of the window to the next.
+        ceil_mode: whether a last window may reach beyond the padded input.
+        return_indices: also return where in the input each output is.
+
+    Returns:
+        ``[N, C, H_out, W_out]``, equal to torch's, and with ``return_indices`` torch's indices.
+
+    Raises:
+        RuntimeError: if an argument does not fit.
+
+    Note:
+        Kernels of ours pool 4-D float32 and bfloat16 in channels_last memory on the CPU, with
+        windows of at most 256 taps and 32 times the stride. Everything else is torch's own
+        function: other dtypes, contiguous memory, CUDA, ``return_indices``. Numerics, and what is
+        kept for the backward: :func:`torchweld.ops.max_pool2d`.
+
+    Example:
+        >>> import torch, torchweld as tw
+        >>> x = torch.randn(2, 16, 28, 28).contiguous(memory_format=torch.channels_last)
+        >>> torch.equal(tw.nn.functional.max_pool2d(x, 2), torch.nn.functional.max_pool2d(x, 2))
+        True
+    """
+    stride = kernel_size if stride is None else stride
+    if return_indices:
+        return F.max_pool2d(
+            input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+        )
+    return _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)

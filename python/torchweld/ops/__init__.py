@@ -12,6 +12,7 @@ from torchweld.ops.conv_bn_relu import (
     conv_relu_pack,
     update_running_stats,
 )
+from torchweld.ops.max_pool2d import max_pool2d, max_pool2d_with_positions
 from torchweld.ops.quantized_linear import (
     pack_weight,
     quantize_weight,
@@ -39,6 +40,8 @@ __all__ = [
     "conv_relu_pack",
     "dequantize_weight_int4",
     "grad_norm",
+    "max_pool2d",
+    "max_pool2d_with_positions",
     "pack_weight",
     "pack_weight_int4",
     "quantize_weight",
