@@ -48,8 +48,9 @@ def inference_only(output: Tensor, *inputs: Tensor | None) -> Tensor:
         output: what the operator returned.
         inputs: what it was computed from.
     """
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if in_graph or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return output
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return output
     if not any(x is not None and x.requires_grad for x in inputs):
         return output
