@@ -149,12 +149,12 @@ def folded(
 ) -> Tensor:
     """Run a pattern of an inference snapshot, where ``conv`` holds the folded tensors."""
     if not input.is_cpu and input.device.type not in _DEVICES:
-        padded, padding = conv.pad(input)
+        padded, padding = conv._padded(input)
         output = F.conv2d(
             padded, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
         )
     elif residual is None or _fits(residual, input, conv):
-        return conv.convolve(input, residual, activation, negative_slope)
+        return conv._convolve(input, residual, activation, negative_slope)
     else:
         output = conv(input)
     return _finish(output, residual, activation, negative_slope)

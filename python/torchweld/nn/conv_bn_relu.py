@@ -287,21 +287,21 @@ class ConvReLU2d(nn.Module):
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self.convolve(input, residual, self.activation, self.negative_slope)
-        padded, padding = self.pad(input)
+            return self._convolve(input, residual, self.activation, self.negative_slope)
+        padded, padding = self._padded(input)
         output: Tensor = torch.ops.torchweld.conv_relu(
             padded, self.weight, None, self.bias, residual, self.stride, padding, self.dilation,
             self.groups, self.activation, self.negative_slope,
         )  # fmt: skip
         return output
 
-    def pad(self, input: Tensor) -> Tuple[Tensor, List[int]]:  # noqa: UP006
+    def _padded(self, input: Tensor) -> Tuple[Tensor, List[int]]:  # noqa: UP006
         """Return the input, padded if need be, and the padding left for the convolution."""
         padding = [self.both_sides[2], self.both_sides[0]]
         return _pad(input, padding, self.both_sides, self.padding_mode)
 
     @torch.jit.unused
-    def convolve(
+    def _convolve(
         self,
         input: Tensor,
         residual: Optional[Tensor],  # noqa: UP045
@@ -309,7 +309,9 @@ class ConvReLU2d(nn.Module):
         negative_slope: float,
     ) -> Tensor:
         """Compute the block with this activation in the place of its own."""
-        padded, padding = self.pad(input)
+        both_sides = self.both_sides
+        padding = [both_sides[2], both_sides[0]]
+        padded, padding = _pad(input, padding, both_sides, self.padding_mode)
         # Found as attributes, they would take longer than the layer's arithmetic may.
         weight, bias = self._buffers.get("weight"), self._buffers.get("bias")
         if weight is None or bias is None:  # parameters, or parametrized
