@@ -224,7 +224,9 @@ Tensor laid_out_as(const Tensor& x, const Tensor& tensor) {
   return torch::stable::contiguous(tensor, format_of(x));
 }
 
-Tensor to_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+Tensor to_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
 
 Tensor channels_last(const Tensor& x) {
   int64_t stride = 1;
