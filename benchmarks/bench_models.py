@@ -18,12 +18,12 @@ from benchmarks.harness import Contender, Job, Setup
 from benchmarks.inference import LAYOUTS
 from benchmarks.kept import kept_bytes
 from benchmarks.machine import Cost
-from benchmarks.records import OURS, PEER, STOCK
+from benchmarks.records import OURS, STOCK
 
 # Logits, running statistics, and all gradients as one vector: in a deep network rounding moves
 # values across the kinks of ReLU, and whole paths of the gradient with them (stock: up to 0.05).
 TRAINING = (1e-4, 1e-4, 0.15)
-FLOAT32, BFLOAT16 = 1e-4, 0.25
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 LR = 1e-4
 
 
@@ -31,9 +31,11 @@ def jobs(quick: bool, compiled: bool) -> Iterator[Job]:
     for case in cases.TRAINING_QUICK if quick else cases.TRAINING:
         yield Job("model training", case.name, partial(training, case, compiled))
     for case in cases.INFERENCE_QUICK if quick else cases.INFERENCE:
-        yield Job("model inference", case.name, partial(float32, case, compiled))
+        setup = partial(evaluation, case, compiled, dtype=torch.float32)
+        yield Job("model inference", case.name, setup)
     for case in cases.INFERENCE_QUICK if quick else cases.INFERENCE:
-        yield Job("model inference bfloat16", case.name, partial(bfloat16, case))
+        setup = partial(evaluation, case, compiled, dtype=torch.bfloat16)
+        yield Job("model inference bfloat16", case.name, setup)
 
 
 def problem(case: cases.ModelCase) -> tuple[nn.Module, Tensor]:
@@ -98,29 +100,13 @@ class Step:
         return output, torch.cat(running), torch.cat(gradients)
 
 
-def float32(case: cases.ModelCase, compiled: bool) -> Setup:
+def evaluation(case: cases.ModelCase, compiled: bool, *, dtype: torch.dtype) -> Setup:
     model, x, expected = evaluated(case)
     weld = partial(tw.weld, inference=True)
-    contenders = inference.contenders(model, x, FLOAT32, fold=fold, weld=weld, compiled=compiled)
-    return Setup(contenders, expected, costs(model, x))
-
-
-def bfloat16(case: cases.ModelCase) -> Setup:
-    model, x, expected = evaluated(case)
-    half = copy.deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)
-    laid = x.to(torch.bfloat16, memory_format=torch.channels_last)
-    ways = {
-        "eager NHWC": (STOCK, half, laid),
-        "folded NHWC": (STOCK, fold(half).to(memory_format=torch.channels_last), laid),
-        "torchweld NHWC": (OURS, tw.weld(half, inference=True), laid),
-    }
-    for name, run in inference.peers(model, x, bfloat16=True).items():
-        ways[name] = PEER, run, x
-    contenders = [
-        inference.contender(name, run, given, BFLOAT16, kind)
-        for name, (kind, run, given) in ways.items()
-    ]
-    return Setup(contenders, expected, costs(model, x, unit="bfloat16"))
+    contenders = inference.contenders(
+        model, x, TOLERANCES[dtype], fold=fold, weld=weld, compiled=compiled, dtype=dtype
+    )
+    return Setup(contenders, expected, costs(model, x, unit=str(dtype).removeprefix("torch.")))
 
 
 def evaluated(

@@ -36,6 +36,7 @@ def contenders(
     fold: Callable[[nn.Module], nn.Module],
     weld: Callable[[nn.Module], nn.Module],
     compiled: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Contender]:
     """Return everybody who can run the float32 module in evaluation mode.
 
@@ -46,11 +47,12 @@ def contenders(
         fold: makes stock's folded module.
         weld: makes ours.
         compiled: whether torch.compile takes part.
+        dtype: what they run it in, float32 or bfloat16. The peers get a float32 input either way.
     """
     found = []
     for name, layout in LAYOUTS.items():
-        stock = copy.deepcopy(module).to(memory_format=layout)
-        laid = x.contiguous(memory_format=layout)
+        stock = copy.deepcopy(module).to(dtype, memory_format=layout)
+        laid = x.to(dtype, memory_format=layout)
         ways: dict[str, Run] = {
             "eager": stock,
             "folded": fold(stock).to(memory_format=layout),
@@ -63,7 +65,7 @@ def contenders(
         ours = weld(stock)
         for way, run in {"torchweld": ours, "torchweld TorchScript": _frozen(ours, laid)}.items():
             found.append(contender(f"{way} {name}", run, laid, tolerance, OURS))
-    for name, run in peers(module, x).items():
+    for name, run in peers(module, x, bfloat16=dtype == torch.bfloat16).items():
         found.append(contender(name, run, x, tolerance, PEER))
     return found
 

@@ -324,8 +324,8 @@ def test_contenders_of_a_model_agree():
     case = dataclasses.replace(cases.MNIST, batch=4)
     for setup in (
         bench_models.training(case, compiled=False),
-        bench_models.float32(case, compiled=False),
-        bench_models.bfloat16(case),
+        bench_models.evaluation(case, compiled=False, dtype=torch.float32),
+        bench_models.evaluation(case, compiled=False, dtype=torch.bfloat16),
     ):
         for one in setup.contenders:
             harness.check(one, setup.reference)

@@ -224,6 +224,20 @@ Tensor laid_out_as(const Tensor& x, const Tensor& tensor) {
   return torch::stable::contiguous(tensor, format_of(x));
 }
 
+Tensor to_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+Tensor channels_last(const Tensor& x) {
+  int64_t stride = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) != 1 && x.stride(d) != stride)
+      return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+    stride *= x.size(d);
+  }
+  return x;
+}
+
 Tensor nothing(const Tensor& like) {
   const int64_t size = 0;
   return torch::stable::new_empty(like, {&size, 1});

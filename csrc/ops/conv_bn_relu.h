@@ -83,6 +83,11 @@ Tensor dense(const Tensor& x);
 // The tensor in x's memory order.
 Tensor laid_out_as(const Tensor& x, const Tensor& tensor);
 
+// As torch::stable::contiguous, which looks its operator up by name with every call: what already
+// is does not come to it.
+Tensor to_contiguous(const Tensor& x);
+Tensor channels_last(const Tensor& x);
+
 // In place of a gradient nobody asked for.
 Tensor nothing(const Tensor& like);
 

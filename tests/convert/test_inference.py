@@ -99,6 +99,20 @@ def test_calls_no_trace_fits():
         handle.remove()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_trace_has_the_same_bits(dtype):
+    """The form for C++, and the fastest one: packed weights become constants of it."""
+    stock = trained(ResNet).to(dtype, memory_format=torch.channels_last)
+    snapshot = tw.weld(stock, inference=True)
+    x = torch.randn(2, 3, 16, 16).to(dtype, memory_format=torch.channels_last)
+    with torch.no_grad():
+        scripted = torch.jit.freeze(torch.jit.trace(snapshot, x))
+        assert "torchweld::conv_relu" in str(scripted.inlined_graph)
+        for batch in (x, torch.randn_like(x)):
+            assert torch.equal(scripted(batch), snapshot(batch))
+            assert scripted(batch).dtype == dtype
+
+
 def test_no_running_statistics():
     bn = nn.BatchNorm2d(4, track_running_stats=False)
     snapshot = tw.weld(nn.Sequential(nn.Conv2d(3, 4, 1), bn), inference=True)

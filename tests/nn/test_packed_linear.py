@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 import torchweld as tw
 from torch import nn
+from torchweld import _C
+
+HAS_BFLOAT16 = _C.cpu_capability() == "avx512_bf16"
 
 
 @pytest.fixture
@@ -49,6 +52,25 @@ def test_the_packed_weight_is_in_use(packed):
         assert packed.packed_weight.numel() > 0
         packed.packed_weight.zero_()
         assert packed(x).eq(packed.bias).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_bfloat16(linear, rows):
+    packed = tw.nn.PackedLinear.from_float(linear.bfloat16())
+    x = torch.randn(rows, 300, dtype=torch.bfloat16)
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    with torch.no_grad():
+        got, stock = packed(x), linear(x)
+        assert got.dtype == torch.bfloat16
+        error, stocks = ((y - expected).norm() for y in (got, stock))
+        assert error <= 1.05 * stocks
+        assert (packed.packed_weight.numel() > 0) == HAS_BFLOAT16
+        if HAS_BFLOAT16:
+            packed.packed_weight.zero_()
+            assert packed(x).eq(packed.bias).all()
+        wide = torch.randn(rows, 300)
+        with pytest.raises(RuntimeError, match="dtype"):
+            packed(wide)
 
 
 def test_strided_input_and_no_bias():

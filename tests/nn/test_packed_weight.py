@@ -32,7 +32,7 @@ def edit(module):
 def test_it_is_in_use(folded):
     check(folded)
     assert folded.packed_weight.numel() > 0
-    folded._pack().zero_()
+    folded._pack(folded.weight).zero_()
     x = torch.randn(1, 32, 12, 12).to(memory_format=torch.channels_last)
     assert folded(x).eq(F.relu(folded.bias)[:, None, None]).all()
 

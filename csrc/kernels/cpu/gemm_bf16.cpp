@@ -87,6 +87,12 @@ __attribute__((noinline)) void tile(const GemmBF16Arguments& g, int64_t row) {
     __builtin_prefetch(to, 1);
     if (kVectors > 2) __builtin_prefetch(to + 64, 1);
   }
+  // A residual comes from memory, or nearly: the next tile's has the time of this one to come.
+  for (int i = 0; g.epilogue.residual != nullptr && i < kRows; ++i) {
+    const char* next = (const char*)(g.epilogue.residual + (row + kRows + i) * g.c_row);
+    __builtin_prefetch(next);
+    if (kVectors > 2) __builtin_prefetch(next + 64);
+  }
 
   // The rows of the next tile: read for the first time, they are too far apart for the hardware.
   if (g.runs == 1) {

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "ops/cpu/convolve.h"
+#include "ops/memory.h"
 
 namespace torchweld::ops {
 namespace {
@@ -16,7 +17,7 @@ Channels read_as(const Tensor& tensor) {
 // Per-channel values in double; `otherwise` for every channel where there is no tensor.
 Channels read_channels(const OptionalTensor& tensor, int64_t channels, double otherwise = 0) {
   if (!tensor) return Channels(channels, otherwise);
-  const Tensor values = torch::stable::contiguous(*tensor);
+  const Tensor values = to_contiguous(*tensor);
   switch (*to_dtype(values.scalar_type())) {
     case kernels::DType::float32:
       return read_as<float>(values);
@@ -36,7 +37,7 @@ void write_as(const Tensor& tensor, const Channels& values) {
 
 Tensor to_tensor(const Channels& values, ScalarType type = ScalarType::Double) {
   const int64_t size = values.size();
-  const Tensor tensor = torch::stable::empty({&size, 1}, type);
+  const Tensor tensor = empty({size}, type, torch::headeronly::MemoryFormat::Contiguous);
   switch (*to_dtype(type)) {
     case kernels::DType::float32:
       write_as<float>(tensor, values);

@@ -26,10 +26,6 @@ void check_dtype(const char* op, const Tensor& input, bool bfloat16) {
                   "input", "float32" << (bfloat16 ? " or bfloat16" : ""), dtype_name(type));
 }
 
-Tensor channels_last(const Tensor& x) {
-  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-}
-
 template <class T>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());

@@ -20,10 +20,6 @@ bool is_ours(const Tensor& input, const Tensor& weight) {
   return is_ours(input, weight, ScalarType::Float);
 }
 
-Tensor channels_last(const Tensor& x) {
-  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-}
-
 template <class T = float>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
@@ -33,13 +29,25 @@ Tensor vector_of(int64_t size) {
   return empty({1, 1, 1, size}, ScalarType::Float, MemoryFormat::Contiguous);
 }
 
-// As float32: what is added to sums is.
-const float* data_or_null(const OptionalTensor& tensor, OptionalTensor& keep) {
-  if (!tensor) return nullptr;
-  keep = torch::stable::contiguous(*tensor);
-  if (keep->scalar_type() != ScalarType::Float) keep = torch::stable::to(*keep, ScalarType::Float);
-  return data(*keep);
-}
+// As float32: what is added to sums is. Not by ATen, whose calls cost more than a small layer has.
+class Bias {
+ public:
+  explicit Bias(const OptionalTensor& bias) {
+    if (!bias) return;
+    tensor_ = to_contiguous(*bias);
+    if (tensor_->scalar_type() != ScalarType::BFloat16) return;
+    const auto* from = data<torch::headeronly::BFloat16>(*tensor_);
+    widened_.assign(from, from + tensor_->numel());
+  }
+  const float* get() const {
+    if (!widened_.empty()) return widened_.data();
+    return tensor_ ? data(*tensor_) : nullptr;
+  }
+
+ private:
+  OptionalTensor tensor_;
+  std::vector<float> widened_;
+};
 
 // The bounds an activation clamps to, where that is all it does.
 template <class T>
@@ -58,9 +66,9 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor&
   if (is_ours(input, weight)) {
     const ConvolutionShape shape = to_shape(input, weight, conv);
     if (const ConvolutionAlgorithm* algorithm = choose_forward(shape)) {
-      OptionalTensor keep;
+      const Bias kept(bias);
       kernels::Epilogue epilogue;
-      epilogue.bias = data_or_null(bias, keep);
+      epilogue.bias = kept.get();
       BlockMoments blocks;
       const Tensor output =
           run_forward(*algorithm, shape, input, weight, {}, epilogue, moments ? &blocks : nullptr);
@@ -85,9 +93,10 @@ Tensor run_folded(const ConvolutionAlgorithm& algorithm, const ConvolutionShape&
   const bool fits = packed_weight && packed_weight->scalar_type() == ScalarType::Float &&
                     packed_weight->is_contiguous() &&
                     packed_weight->numel() == algorithm.packed_size(shape);
-  OptionalTensor keep_bias, keep_residual;
+  const Bias kept(bias);
+  OptionalTensor keep_residual;
   kernels::EpilogueOf<T> epilogue;
-  epilogue.bias = data_or_null(bias, keep_bias);
+  epilogue.bias = kept.get();
   if (residual) {
     keep_residual = channels_last(*residual);
     epilogue.residual = data<T>(*keep_residual);

@@ -41,10 +41,10 @@ def weld(
         model: the model; it is not changed.
         example_inputs: a batch, or the positional arguments of a call. If given, the welded model
             must give the outputs of the stock one on them, in evaluation mode.
-        inference: fold the batch normalizations into the convolutions, and make large float32
-            ``nn.Linear`` layers :class:`torchweld.nn.PackedLinear`. The result is a snapshot in
-            evaluation mode with tensors of its own, none of which requires a gradient; ``train()``
-            raises.
+        inference: fold the batch normalizations into the convolutions, and make large
+            ``nn.Linear`` layers of float32 or bfloat16 :class:`torchweld.nn.PackedLinear`. The
+            result is a snapshot in evaluation mode with tensors of its own, none of which requires
+            a gradient; ``train()`` raises.
         memory_saving: in training, keep for the backward what a fused output can be made from
             again, instead of the output: the convolution's output (True), or the convolution's
             input, and convolve again (``"recompute"``). Gradients have the same bits as without.

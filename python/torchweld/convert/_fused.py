@@ -16,9 +16,9 @@ from torchweld.convert import _rules
 from torchweld.convert._frozen import eps_of
 from torchweld.nn import ConvReLU2d
 from torchweld.nn.conv_bn_relu import _fold
-from torchweld.nn.functional import _bn_state, _both_sides, _conv_bn_relu, _conv_state, _pad
+from torchweld.nn.functional import _bn_state, _both_sides, _conv_bn_relu, _conv_state
 from torchweld.nn.sync_batch_norm import SyncBatchNorm, exchanges, sync_batch_norm_relu
-from torchweld.ops.conv_bn_relu import conv_relu, inference_only
+from torchweld.ops.conv_bn_relu import conv_relu
 
 # Where the fused ops run; "meta" is where shapes are worked out.
 _DEVICES = ("cpu", "meta", *(("cuda",) if _library.cuda_status == "loaded" else ()))
@@ -148,18 +148,13 @@ def folded(
     residual: Tensor | None,
 ) -> Tensor:
     """Run a pattern of an inference snapshot, where ``conv`` holds the folded tensors."""
-    both_sides, where = conv.both_sides, [conv.both_sides[2], conv.both_sides[0]]
-    padded, padding = _pad(input, where, both_sides, conv.padding_mode)
-    if input.device.type not in _DEVICES:
+    if not input.is_cpu and input.device.type not in _DEVICES:
+        padded, padding = conv._padded(input)
         output = F.conv2d(
             padded, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
         )
     elif residual is None or _fits(residual, input, conv):
-        fused_output: Tensor = torch.ops.torchweld.conv_relu(
-            padded, conv.weight, conv._pack(), conv.bias, residual, conv.stride, padding,
-            conv.dilation, conv.groups, activation, negative_slope,
-        )  # fmt: skip
-        return inference_only(fused_output, padded, conv.weight, conv.bias, residual)
+        return conv._convolve(input, residual, activation, negative_slope)
     else:
         output = conv(input)
     return _finish(output, residual, activation, negative_slope)

@@ -52,7 +52,8 @@ _LIKE_INPUT_METHODS = {
 }  # fmt: skip
 # They return another tensor than they are given.
 _FRESH_MODULES = (
-    nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d,
+    nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.MaxPool2d, MaxPool2d,
+    nn.AvgPool2d,
 )  # fmt: skip
 # Their result lies as in the stock model whatever went in. Without an image any operation does.
 _PLAIN_FUNCTIONS = {torch.mean, getattr, len}

@@ -24,4 +24,5 @@ def _gains(module: nn.Module) -> bool:
     if is_parametrized(module) or "forward" in module.__dict__:
         return False
     weight = module.weight
-    return weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= SMALLEST
+    can = weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16)
+    return can and weight.numel() >= SMALLEST

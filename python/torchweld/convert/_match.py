@@ -135,8 +135,13 @@ def can_join(owner: nn.Module, node: fx.Node, value: fx.Node) -> bool:
 
 
 def fuse(owner: nn.Module, graph: fx.Graph, pairs: Collection[tuple[str, str]]) -> list[Unit]:
-    """Rewrite the graph so that each pattern among ``pairs`` is one call; return the patterns."""
-    units = []
+    """Rewrite the graph so that each pattern among ``pairs`` is one call; return the patterns.
+
+    The graph takes conv and bn of each in turn as one more argument, its first.
+    """
+    with graph.inserting_before(next(iter(graph.nodes))):
+        modules = graph.placeholder("pairs")
+    units: list[Unit] = []
     fused: dict[fx.Node | None, fx.Node] = {}  # by the last node of what a call stands for
     for found in list(find(owner, graph)):
         if found.unit is None or found.unit.pair not in pairs:
@@ -150,10 +155,11 @@ def fuse(owner: nn.Module, graph: fx.Graph, pairs: Collection[tuple[str, str]]) 
         # Without a residual everything after the conv touches only what the conv made, so it may
         # run where the conv stood. The residual may not be read before its own place.
         with graph.inserting_before(found.add_node or found.conv_node):
-            modules = [graph.create_node("get_attr", path) for path in unit.pair]
+            places = 2 * len(units), 2 * len(units) + 1
+            pair = (graph.call_function(operator.getitem, (modules, i)) for i in places)
             call = graph.call_function(
                 run,
-                (found.conv_node.args[0], *modules, unit.activation, unit.negative_slope,
+                (found.conv_node.args[0], *pair, unit.activation, unit.negative_slope,
                  fused.get(found.residual, found.residual)),
             )  # fmt: skip
         nodes[-1].replace_all_uses_with(call)

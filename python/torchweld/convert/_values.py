@@ -30,7 +30,8 @@ _CONSTANT = (
     bool, int, float, complex, str, bytes, type(None), type(...), slice, range,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-_UNCHANGING = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, enum.Enum)
+_OBJECTS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, enum.Enum)
+UNCHANGING = _CONSTANT + _OBJECTS
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
@@ -49,7 +50,7 @@ def fingerprint(value: Any) -> object:
         return stock_class(value)
     if isinstance(value, torch.Tensor):
         return TENSOR, tuple(value.shape), value.dtype
-    if isinstance(value, _UNCHANGING):
+    if isinstance(value, _OBJECTS):
         return value
     if isinstance(value, _CONSTANT):
         return type(value), value  # True == 1 == 1.0
@@ -66,8 +67,13 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, list
     Raises:
         UnwatchableError: an argument is an object whose content cannot be compared.
     """
+    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+        return _ONE_TENSOR, [args[0]]  # what most calls are
     leaves: list[torch.Tensor] = []
     return _flatten((args, kwargs), leaves), leaves
+
+
+_ONE_TENSOR = (tuple, (tuple, TENSOR), (dict,))
 
 
 def _flatten(value: Any, leaves: list[torch.Tensor]) -> object:

@@ -15,15 +15,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchweld import _recipes
 from torchweld.convert import _match, _rules
 from torchweld.convert._inline import inline
+from torchweld.convert._sight import Sight, find, holds
 from torchweld.convert._trace import Traced, trace, usual_call
-from torchweld.convert._values import (
-    MISSING,
-    STOCK,
-    UnwatchableError,
-    fingerprint,
-    flatten,
-    stock_class,
-)
+from torchweld.convert._values import STOCK, UnwatchableError, flatten, stock_class
 from torchweld.convert._watch import Read, UntraceableError
 
 _STATE = "_torchweld"
@@ -42,7 +36,8 @@ class Plan:
         reads: what the stock forward looked at besides its tensors.
         opened: children whose own calls stand in the forward in the place of theirs.
         units: what is fused.
-        run: the rewritten forward; None where the stock one has to run.
+        run: the rewritten forward, which takes the owner and its :meth:`pairs` before the tensors;
+            None where the stock one has to run.
     """
 
     spec: object
@@ -54,10 +49,14 @@ class Plan:
     def fits(self, owner: nn.Module) -> bool:
         """Whether the owner still is as this plan found it."""
         return (
-            all(_holds(owner, read) for read in self.reads)
-            and not any(_rules.is_hooked(_find(owner, path)) for path in self.opened)
+            all(holds(owner, read) for read in self.reads)
+            and not any(_rules.is_hooked(find(owner, path)) for path in self.opened)
             and all(_is_ready(owner, unit) for unit in self.units)
         )
+
+    def pairs(self, owner: nn.Module) -> list[nn.Module | None]:
+        """Conv and bn of each unit in turn."""
+        return [find(owner, path) for unit in self.units for path in unit.pair]
 
 
 class Weld:
@@ -81,6 +80,7 @@ class Weld:
         self.plans = list(plans)
         self.memory_saving = memory_saving
         self.channels_last = channels_last
+        self.sight: Sight | None = None  # of the plan that fitted last
 
     # A plan names modules and holds none, so a copy of the module can use it.
     def __deepcopy__(self, memo: dict[int, Any]) -> Weld:
@@ -127,8 +127,13 @@ class Weld:
     def _known(self, owner: nn.Module, spec: object) -> Plan | None:
         for plan in self.plans:
             if plan.spec == spec and plan.fits(owner):
+                self._see(owner, plan)
                 return plan
         return None
+
+    def _see(self, owner: nn.Module, plan: Plan) -> None:
+        if plan.run is not None and not torch.compiler.is_compiling():
+            self.sight = Sight(owner, plan)
 
 
 def install(owner: nn.Module, weld: Weld, snapshot: bool = False) -> None:
@@ -186,37 +191,13 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
             part.__dict__["training"] = flag
 
 
-def _find(owner: nn.Module, path: str) -> nn.Module | None:
-    module: nn.Module | None = owner
-    for name in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(name)
-    return module
-
-
-def _holds(owner: nn.Module, read: Read) -> bool:
-    if isinstance(read.holder, dict):
-        # A compiled graph has its own guards on globals.
-        return torch.compiler.is_compiling() or (
-            read.name in read.holder and _is(read.holder[read.name], read.value)
-        )
-    holder = _find(owner, read.holder)
-    return holder is not None and _is(getattr(holder, read.name, MISSING), read.value)
-
-
-def _is(value: object, expected: object) -> bool:
-    try:
-        return fingerprint(value) == expected
-    except UnwatchableError:
-        return False
-
-
 def _is_ready(owner: nn.Module, unit: _match.Unit) -> bool:
-    pair = _find(owner, unit.conv), _find(owner, unit.bn)
+    pair = find(owner, unit.conv), find(owner, unit.bn)
     if (type(pair[0]), type(pair[1])) != unit.kinds or any(map(_rules.is_hooked, pair)):
         return False
     if unit.act is None:
         return True
-    act = _find(owner, unit.act)
+    act = find(owner, unit.act)
     same = _rules.activation_of(act) == (unit.activation, unit.negative_slope)
     return same and not _rules.is_hooked(act)
 
@@ -264,10 +245,19 @@ def _welded_class(stock: type[nn.Module], snapshot: bool) -> type[nn.Module]:
             spec, leaves = flatten(args, kwargs)
         except UnwatchableError:
             return stock_forward(self, *args, **kwargs)
+        sight = weld.sight
+        # A compiled graph has guards of its own on modules, by their paths.
+        if (
+            sight is not None
+            and not torch.compiler.is_compiling()
+            and sight.plan.spec == spec
+            and sight.holds(self)
+        ):
+            return sight.plan.run(self, sight.pairs, *leaves)  # type: ignore[misc]
         plan = weld.plan_for(self, stock_forward, spec)
         if plan is None or plan.run is None:
             return stock_forward(self, *args, **kwargs)
-        return plan.run(self, *leaves)
+        return plan.run(self, plan.pairs(self), *leaves)
 
     # torch.compile gives up on a code object after a few compilations, whosever they were.
     functions: tuple[Any, ...] = forward, run

@@ -1,6 +1,6 @@
 """Convolution, batch norm, residual and activation as one module."""
 
-from typing import Any, List, Optional  # noqa: UP035
+from typing import Any, List, Optional, Tuple  # noqa: UP035
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torchweld.nn.functional import (
 from torchweld.nn.packed_weight import packed_weight, without_pack
 from torchweld.ops.conv_bn_relu import inference_only
 
+_conv_relu = torch.ops.torchweld.conv_relu.default
 ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
 
@@ -270,12 +271,12 @@ class ConvReLU2d(nn.Module):
         self.activation = activation
         self.negative_slope = negative_slope
         self.register_buffer("packed_weight", weight.new_empty(0), persistent=False)
-        self._pack()
+        self._pack(weight)
 
-    def _pack(self) -> Optional[Tensor]:  # noqa: UP045
+    def _pack(self, weight: Tensor) -> Optional[Tensor]:  # noqa: UP045
         """Return the packed weight, packed again if the weight has changed; None for no use."""
         padding = [self.both_sides[2], self.both_sides[0]]
-        return packed_weight(self, self.weight, self.stride, padding, self.dilation, self.groups)
+        return packed_weight(self, weight, self.stride, padding, self.dilation, self.groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies pack their own weight."""
@@ -285,18 +286,41 @@ class ConvReLU2d(nn.Module):
         """Compute the block; a gradient through it raises RuntimeError in the backward."""
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
-        padding = [self.both_sides[2], self.both_sides[0]]
-        input, padding = _pad(input, padding, self.both_sides, self.padding_mode)
-        packed: Optional[Tensor] = None  # noqa: UP045
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            packed = self._pack()
+            return self._convolve(input, residual, self.activation, self.negative_slope)
+        padded, padding = self._padded(input)
         output: Tensor = torch.ops.torchweld.conv_relu(
-            input, self.weight, packed, self.bias, residual, self.stride, padding,
-            self.dilation, self.groups, self.activation, self.negative_slope,
+            padded, self.weight, None, self.bias, residual, self.stride, padding, self.dilation,
+            self.groups, self.activation, self.negative_slope,
         )  # fmt: skip
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            output = inference_only(output, input, self.weight, self.bias, residual)
         return output
+
+    def _padded(self, input: Tensor) -> Tuple[Tensor, List[int]]:  # noqa: UP006
+        """Return the input, padded if need be, and the padding left for the convolution."""
+        padding = [self.both_sides[2], self.both_sides[0]]
+        return _pad(input, padding, self.both_sides, self.padding_mode)
+
+    @torch.jit.unused
+    def _convolve(
+        self,
+        input: Tensor,
+        residual: Optional[Tensor],  # noqa: UP045
+        activation: str,
+        negative_slope: float,
+    ) -> Tensor:
+        """Compute the block with this activation in the place of its own."""
+        both_sides = self.both_sides
+        padding = [both_sides[2], both_sides[0]]
+        padded, padding = _pad(input, padding, both_sides, self.padding_mode)
+        # Found as attributes, they would take longer than the layer's arithmetic may.
+        weight, bias = self._buffers.get("weight"), self._buffers.get("bias")
+        if weight is None or bias is None:  # parameters, or parametrized
+            weight, bias = self.weight, self.bias
+        output: Tensor = _conv_relu(
+            padded, weight, self._pack(weight), bias, residual, self.stride, padding,
+            self.dilation, self.groups, activation, negative_slope,
+        )  # fmt: skip
+        return inference_only(output, padded, weight, bias, residual)
 
     def extra_repr(self) -> str:
         """Name what is not in the buffers."""

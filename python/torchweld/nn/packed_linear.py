@@ -14,7 +14,7 @@ SMALLEST = 1 << 18
 
 
 class PackedLinear(nn.Linear):
-    """An ``nn.Linear`` for inference in float32 on the CPU.
+    """An ``nn.Linear`` for inference in float32 or bfloat16 on the CPU.
 
     The layer as the 1x1 convolution it is, by ``tw.ops.conv_relu``, for the sake of processors on
     which the vendor's product is slow. It keeps the weight once more as the kernels read it,
@@ -96,13 +96,16 @@ class PackedLinear(nn.Linear):
 
     @torch.jit.unused
     def _takes(self, input: Tensor) -> bool:
-        """Whether this call is one of a plain float32 tensor on the CPU, and wants no gradient."""
+        """Whether this call has plain tensors of one dtype on the CPU, and wants no gradient."""
         tensors = (input, self.weight) if self.bias is None else (input, self.weight, self.bias)
         if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
             return False
         if input.layout != torch.strided or input.is_nested:
             return False
-        if any(x.dtype != torch.float32 or not x.is_cpu for x in tensors):
+        dtype = self.weight.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            return False
+        if any(x.dtype != dtype or not x.is_cpu for x in tensors):
             return False
         if torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0:
             return False

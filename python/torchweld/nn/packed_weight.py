@@ -28,16 +28,17 @@ def packed_weight(
         groups: the convolution's.
     """
     # A graph would keep it when the weight changes, and what transforms functions wraps tensors.
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     # Where writes are not counted they cannot be seen.
     if not weight.is_cpu or weight.is_inference():
         return None
+    state = module.__dict__  # found as an attribute, a buffer takes longer than all the rest
     # The weak reference keeps the address of a storage from being used again. One to the tensor
     # would keep torch from swapping it.
     storage = weight.untyped_storage()
     packed_from = id(weight), storage._cdata, weight._version
-    if module.__dict__.get("_packed_from") != packed_from:
+    if state.get("_packed_from") != packed_from:
         with torch.no_grad(), _untraced() as is_tracing:
             packed = torch.ops.torchweld.conv_relu_pack(
                 weight if weight.dim() == 4 else weight[:, :, None, None],
@@ -47,8 +48,8 @@ def packed_weight(
                 module.packed_weight.copy_(packed)  # type: ignore[operator]
             else:
                 module.packed_weight = packed
-        module.__dict__.update(_packed_from=packed_from, _storage=StorageWeakRef(storage))
-    result: Tensor = module.packed_weight  # type: ignore[assignment]
+        state.update(_packed_from=packed_from, _storage=StorageWeakRef(storage))
+    result: Tensor = state["_buffers"]["packed_weight"]
     return result
 
 

@@ -1,17 +1,14 @@
 """Documented functions over ``torch.ops.torchweld``."""
 
 from torchweld.ops.adamw import adamw_step_, grad_norm
-from torchweld.ops.conv_bn_relu import (
+from torchweld.ops.batch_norm import (
     batch_norm_relu,
     batch_norm_relu_backward,
     batch_norm_relu_backward_reduce,
     batch_norm_stats,
-    conv_bn_relu,
-    conv_bn_relu_frozen,
-    conv_relu,
-    conv_relu_pack,
     update_running_stats,
 )
+from torchweld.ops.conv_bn_relu import conv_bn_relu, conv_bn_relu_frozen, conv_relu, conv_relu_pack
 from torchweld.ops.max_pool2d import max_pool2d, max_pool2d_with_positions
 from torchweld.ops.quantized_linear import (
     pack_weight,

@@ -1,0 +1,145 @@
+"""What a plan depends on, held by identity: quick to look at again before every call.
+
+Finding each module by its path and comparing what a forward read takes longer than the convolution
+of a small layer. What is the same object as before needs neither.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchweld.convert._values import MISSING, UNCHANGING, UnwatchableError, fingerprint
+from torchweld.convert._watch import Read
+
+if TYPE_CHECKING:
+    from torchweld.convert._welded import Plan
+
+_OF_ACTIVATIONS = ("negative_slope", "min_val", "max_val")
+
+
+def find(owner: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = owner
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def holds(owner: nn.Module, read: Read) -> bool:
+    if isinstance(read.holder, dict):
+        # A compiled graph has its own guards on globals.
+        return torch.compiler.is_compiling() or (
+            read.name in read.holder and _is(read.holder[read.name], read.value)
+        )
+    holder = find(owner, read.holder)
+    return holder is not None and _is(getattr(holder, read.name, MISSING), read.value)
+
+
+def _is(value: object, expected: object) -> bool:
+    try:
+        return fingerprint(value) == expected
+    except UnwatchableError:
+        return False
+
+
+class Sight:
+    """That a plan fits its owner, as it did when this was made.
+
+    The owner keeps this, which therefore holds its children and not the owner itself: else a model
+    would stay until the next garbage collection.
+
+    Attributes:
+        plan: the plan.
+        pairs: conv and bn of each of its units in turn.
+    """
+
+    def __init__(self, owner: nn.Module, plan: Plan):
+        self.plan = plan
+        self._own: list[tuple[str, object]] = []
+        self._entries: list[tuple[dict[str, Any], str, object]] = []
+        self._children: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+        self._kinds: dict[nn.Module, type] = {}
+        self._compared: list[Read] = []  # what may change while it stays the same object
+
+        for read in plan.reads:
+            self._see(owner, read)
+        acts = [self._reach(owner, unit.act) for unit in plan.units if unit.act is not None]
+        for act in acts:
+            for name in _OF_ACTIVATIONS:
+                self._entries.append((act.__dict__, name, act.__dict__.get(name, MISSING)))
+        self.pairs = [self._reach(owner, path) for unit in plan.units for path in unit.pair]
+        opened = [self._reach(owner, path) for path in plan.opened]
+        self._states = [module.__dict__ for module in dict.fromkeys((*self.pairs, *acts, *opened))]
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether all of it is as it was."""
+        own = owner.__dict__
+        for name, value in self._own:
+            if own.get(name, MISSING) is not value:
+                return False
+        for values, name, value in self._entries:
+            if values.get(name, MISSING) is not value:
+                return False
+        for children, items in self._children:
+            if tuple(children.items()) != items:
+                return False
+        for module, kind in self._kinds.items():
+            if type(module) is not kind:
+                return False
+        for state in self._states:  # as _rules.is_hooked
+            if (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+                or "forward" in state
+            ):
+                return False
+        return all(holds(owner, read) for read in self._compared)
+
+    def _reach(self, owner: nn.Module, path: str) -> nn.Module:
+        module = owner
+        for name in path.split(".") if path else ():
+            children = module._modules
+            module = children[name]  # type: ignore[assignment]
+            self._see_child(children, name, module)
+        return module
+
+    def _see_child(self, children: dict[str, Any], name: str, child: nn.Module) -> None:
+        self._kinds[child] = type(child)
+        if not any(children is seen for seen, _ in self._children):
+            self._entries.append((children, name, child))
+
+    def _see(self, owner: nn.Module, read: Read) -> None:
+        if isinstance(read.holder, dict):
+            self._see_value(read.holder, read, read.holder.get(read.name, MISSING))
+            return
+        holder = self._reach(owner, read.holder)
+        children = holder._modules
+        child = children.get(read.name)
+        if read.name == "_modules":
+            self._children.append((children, tuple(children.items())))
+            self._kinds.update((m, type(m)) for m in children.values() if m is not None)
+        elif child is not None:
+            self._see_child(children, read.name, child)
+        else:
+            value = getattr(holder, read.name, MISSING)
+            self._see_value(holder.__dict__, read, value, own=holder is owner)
+
+    def _see_value(
+        self, values: dict[str, Any], read: Read, value: object, *, own: bool = False
+    ) -> None:
+        if not _is_unchanging(value) or values.get(read.name, MISSING) is not value:
+            self._compared.append(read)
+        elif own:
+            self._own.append((read.name, value))
+        else:
+            self._entries.append((values, read.name, value))
+
+
+def _is_unchanging(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_unchanging, value))
+    return isinstance(value, UNCHANGING)
