@@ -67,9 +67,9 @@ def layers(seed: int) -> Iterator[ConvCase]:
 
 
 def network_layers() -> Iterator[ConvCase]:
-    """Yield the layers of the benchmarks at several batch sizes."""
+    """Yield the layers of the benchmarks at several batch sizes and their own."""
     for case in CONV:
-        for batch in (1, 4, 8, 16):
+        for batch in sorted({1, 4, 8, 16, case.batch}):
             yield replace(case, batch=batch)
 
 
