@@ -5,6 +5,12 @@
 namespace torchweld::ops {
 namespace {
 
+// As ATen reads them, one number is that of rows and columns.
+IntList to_pair(IntList values) {
+  if (values.size() == 1) values.push_back(values[0]);
+  return values;
+}
+
 void check_pair(const char* op, const char* argument, const IntList& values, int64_t least) {
   const bool pair = values.size() == 2;
   TORCHWELD_CHECK(pair, op, argument, "2 integers", values.size());
@@ -18,10 +24,10 @@ void check_pair(const char* op, const char* argument, const IntList& values, int
 MaxPool2d::MaxPool2d(const char* op, IntList kernel_size, IntList stride, IntList padding,
                      IntList dilation, bool ceil_mode)
     : op(op),
-      kernel(std::move(kernel_size)),
-      stride(stride.empty() ? kernel : std::move(stride)),
-      padding(std::move(padding)),
-      dilation(std::move(dilation)),
+      kernel(to_pair(std::move(kernel_size))),
+      stride(stride.empty() ? kernel : to_pair(std::move(stride))),
+      padding(to_pair(std::move(padding))),
+      dilation(to_pair(std::move(dilation))),
       ceil_mode(ceil_mode) {
   check_pair(op, "kernel_size", kernel, 1);
   check_pair(op, "stride", this->stride, 1);

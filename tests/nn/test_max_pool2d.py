@@ -14,6 +14,7 @@ ARGUMENTS = [
     {"kernel_size": 3, "stride": 2, "padding": 1},
     {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
     {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    {"kernel_size": (2,), "stride": [1], "padding": (1,)},
     {"kernel_size": 2, "return_indices": True},
 ]
 
@@ -80,6 +81,14 @@ def test_compiled_and_exported():
     nn.MaxPool2d(3, 2, 1)(stock).square().sum().backward()
     assert torch.equal(output, expected)
     assert torch.equal(leaf.grad, stock.grad)
+
+
+def test_one_call_to_fx():
+    stock, x = nn.MaxPool2d(3, 2, 1), image()
+    traced = torch.fx.symbolic_trace(nn.Sequential(tw.nn.MaxPool2d(3, 2, 1)))
+    for input in (x, x.contiguous(), x.double()):
+        assert torch.equal(traced(input), stock(input))
+    assert len(traced.graph.nodes) == 3
 
 
 def test_functional():

@@ -106,6 +106,25 @@ def test_a_window_of_padding_alone():
     assert not first.any()
 
 
+def test_second_derivative_of_a_window_of_padding_alone():
+    x = torch.zeros(1, 8, 1, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    output = tw.ops.max_pool2d(x, 2, 1, 1, 2)
+    gradient = torch.ones_like(output).requires_grad_()
+    (first,) = torch.autograd.grad(output, x, gradient, create_graph=True)
+    assert not torch.autograd.grad(first.sum(), gradient)[0].any()
+
+
+@pytest.mark.parametrize("window", [([3], [2], [1], [1]), ([2], [1, 2]), ((3,), (), (1,), (2,))])
+def test_a_list_of_one_number_is_a_pair(window):
+    x, results = image((2, 16, 9, 10), special=False), []
+    for pool in (tw.ops.max_pool2d, F.max_pool2d):
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(pool(leaf, *window).pow(3).sum(), leaf, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), leaf)[0]
+        results.append((pool(x, *window), first, second))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_same_bits_with_any_number_of_threads(threads):
     x = torch.randn(7, 40, 37, 33).contiguous(memory_format=torch.channels_last)

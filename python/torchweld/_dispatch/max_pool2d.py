@@ -17,9 +17,10 @@ _ops = torch.ops.torchweld
 
 def is_ours(input: Tensor, kernel_size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether kernels of ours pool this input, as the operator itself decides."""
-    taps = kernel_size[0] * kernel_size[1]
+    # Of a list of one number, that one is the last as well.
+    taps = kernel_size[0] * kernel_size[-1]
     # A position is a byte, and an input pixel looks at every window that covers it.
-    most = min(256, 32 * stride[0] * stride[1]) if stride else 256
+    most = min(256, 32 * stride[0] * stride[-1]) if stride else 256
     return taps <= most and has_kernels(input)
 
 
@@ -91,15 +92,15 @@ def _backward_of_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (positions,) = ctx.saved_tensors
     kernel_size, stride, padding, dilation = ctx.window
     taps = positions.long()
-    row, column = taps // kernel_size[1] * dilation[0], taps % kernel_size[1] * dilation[1]
+    height, width = grad.shape[2:]
+    row, column = taps // kernel_size[-1] * dilation[0], taps % kernel_size[-1] * dilation[-1]
     row += (torch.arange(taps.shape[2]) * stride[0] - padding[0])[:, None]
-    column += torch.arange(taps.shape[3]) * stride[1] - padding[1]
-    # A window may hold nothing but padding.
-    inside = row.clamp_(max=grad.shape[2] - 1) * grad.shape[3] + column.clamp_(
-        max=grad.shape[3] - 1
-    )
-    fetched = grad.flatten(2).gather(2, inside.flatten(2)).view_as(taps)
-    return (fetched, *[None] * 7)
+    column += torch.arange(taps.shape[3]) * stride[-1] - padding[-1]
+    # A window may hold nothing but padding; its gradient goes nowhere.
+    nothing = (row >= height) | (column >= width)
+    place = (row * width + column).masked_fill_(nothing, 0)
+    fetched = grad.flatten(2).gather(2, place.flatten(2)).view_as(taps)
+    return (fetched.masked_fill(nothing, 0), *[None] * 7)
 
 
 register_autograd("max_pool2d_with_positions", _setup_context, _backward)

@@ -4,9 +4,12 @@
 # mypy: disable-error-code="no-untyped-def"
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torchweld.nn.functional import _max_pool2d
+
+# It looks at its input, which torch.fx cannot follow; torch.nn.MaxPool2d is one call there too.
+fx.wrap("_max_pool2d")
 
 
 class MaxPool2d(nn.MaxPool2d):
