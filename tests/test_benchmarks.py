@@ -361,7 +361,10 @@ def test_bytes_kept_for_backward_are_counted():
     # Outputs of convolution, activation and pooling, and the pooling's indices, by themselves.
     values = 4 * (16 * 28**2 + 32 * 14**2 + 64 * 7**2)
     assert stock.saved_bytes > 2 * 4 * values
-    assert ours.saved_bytes == pytest.approx(stock.saved_bytes, rel=0.01)
+    # Pooling keeps a byte for each of its outputs where stock keeps eight and its input.
+    assert ours.saved_bytes == pytest.approx(
+        stock.saved_bytes - 4 * values - 7 * values / 4, rel=0.02
+    )
 
 
 def test_costs_of_a_model_are_those_of_its_layers():

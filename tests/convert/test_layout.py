@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchweld as tw
 from torch import nn
+from torchweld.convert._layout import seen_by
 
 CHANNELS_LAST = torch.channels_last
 
@@ -242,6 +243,57 @@ def test_a_model_that_changes_its_input_changes_it(make):
     torch.testing.assert_close(tw.weld(net)(ours), net(theirs))
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, x)
+
+
+def views_written(net, x):
+    y = x.flatten(1)
+    y += 1
+    return net.fc(y), x.mean((2, 3))
+
+
+def contiguous_written(net, x):
+    x.contiguous().mul_(2)
+    return x.mean((2, 3))
+
+
+class Last(Net):
+    def __init__(self):
+        super().__init__(lambda net, x: (net.last(x.flatten(1)), x.mean((2, 3))))
+        self.last = nn.Sequential(nn.Hardtanh(-0.1, 0.1, inplace=True), nn.Linear(8 * 16, 4))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Net(views_written), lambda: Net(contiguous_written), Last]
+)
+def test_an_activation_changed_through_a_view_is_changed(make):
+    net = make().eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(tw.weld(net)(x), net(x))
+
+
+def test_an_input_changed_through_a_view_is_changed():
+    net = Calls(lambda net, x: x + x.flatten(1).add_(1).sum()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    ours, theirs = x.clone(), x.clone()
+    torch.testing.assert_close(tw.weld(net)(ours), net(theirs))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Net(lambda net, x: net.fc(F.dropout(x.flatten(1), 0.5, False, inplace=True))),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(),
+            nn.ReLU(inplace=True), nn.Linear(8 * 36, 4), nn.ReLU(inplace=True),
+        ),
+    ],
+)  # fmt: skip
+def test_a_view_that_alone_is_read_may_be_written(make):
+    net = make().eval()
+    assert seen_by(net) == ""
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(tw.weld(net)(x), net(x))
 
 
 def test_a_call_of_another_form_sees_what_it_is_given():

@@ -29,6 +29,64 @@ class Twice(nn.Module):
         return y * self.scale * self.factors[1] + self.shift
 
 
+class Optional(nn.Module):
+    """Asks for what is not there yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        if hasattr(self, "extra"):
+            y = y + self.extra
+        return y if getattr(self, "last", None) is None else self.last(y)
+
+
+APPEARING = {
+    "attribute": lambda m: setattr(m, "extra", 2.0),
+    "buffer": lambda m: m.register_buffer("extra", torch.ones(1)),
+    "parameter": lambda m: m.register_parameter("extra", nn.Parameter(torch.ones(1))),
+    "module": lambda m: setattr(m, "last", nn.Sigmoid()),
+}
+
+
+@pytest.mark.parametrize("what", APPEARING)
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_appears_between_calls(what, inference):
+    torch.manual_seed(0)
+    stock = Optional().eval()
+    welded = tw.weld(stock, inference=inference).eval()
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            before = welded(x)
+        for model in (stock, welded):
+            APPEARING[what](model)
+        assert not torch.equal(stock(x), before)
+        for _ in range(2):
+            assert_near(welded(x), stock(x))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_replica_has_modules_of_its_own(inference):
+    torch.manual_seed(0)
+    welded = tw.weld(Twice().eval(), inference=inference).eval()
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = welded(x)
+        # As nn.DataParallel makes them: the same __dict__ but for modules, parameters, buffers.
+        replica = welded._replicate_for_data_parallel()
+        conv = replica._modules["conv"] = copy.deepcopy(welded.conv)
+        conv.weight.zero_()
+        other = copy.deepcopy(welded)
+        other.conv.weight.zero_()
+        assert not torch.allclose(replica(x), expected)
+        assert torch.equal(replica(x), other(x))
+        assert torch.equal(welded(x), expected)
+
+
 def hook(module):
     module.register_forward_hook(lambda module, args, y: y + 1)
 

@@ -30,6 +30,7 @@ class SeenError(Exception):
 
 IMAGE = "image"  # 4-D, perhaps channels_last where the stock model has it contiguous
 INPUT = "input"  # the same, and perhaps the very tensor that the caller gave
+VIEW = "view"  # as in the stock model, where it may be the memory of an activation; here a copy
 PLAIN = "plain"  # as in the stock model
 
 # Image in, image out; anything else in, the same out.
@@ -53,7 +54,7 @@ _LIKE_INPUT_METHODS = {
 # They return another tensor than they are given.
 _FRESH_MODULES = (
     nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.MaxPool2d, MaxPool2d,
-    nn.AvgPool2d,
+    nn.AvgPool2d, nn.Linear,
 )  # fmt: skip
 # Their result lies as in the stock model whatever went in. Without an image any operation does.
 _PLAIN_FUNCTIONS = {torch.mean, getattr, len}
@@ -77,9 +78,12 @@ def seen_by(model: nn.Module) -> str:
 
 def _follow(module: nn.Module, path: str, inputs: list[Any]) -> Any:
     """Return what kind of value a module gives for inputs of these kinds."""
-    if not _holds_image(inputs):
-        return PLAIN  # whatever it does, it does on tensors that lie as they always did
+    if _holds(VIEW, inputs) and _may_write(module):
+        raise SeenError(f"{path} may change an activation through a view")
     kind = stock_class(module)
+    if not _holds_image(inputs):
+        # Whatever it does, it does on tensors that lie as they always did.
+        return PLAIN if kind in _FRESH_MODULES else _copied(inputs)
     if is_hooked(module):
         raise SeenError(f"{path or 'the model'} has hooks")
     if getattr(module, "inplace", False) and _holds(INPUT, inputs):
@@ -92,8 +96,10 @@ def _follow(module: nn.Module, path: str, inputs: list[Any]) -> Any:
         raise SeenError(f"{path} draws random numbers in memory order")
     if kind.forward is nn.Sequential.forward:
         value = inputs[0]
-        for name, child in module.named_children():
-            value = _follow(child, f"{path}.{name}".lstrip("."), [value])
+        for i, (name, child) in enumerate(module.named_children()):
+            given, value = value, _follow(child, f"{path}.{name}".lstrip("."), [value])
+            if i > 0 and value == VIEW and given != VIEW:
+                value = PLAIN  # nobody else reads what it was made of
         return value
     if kind.__module__.startswith("torch.nn."):
         raise SeenError(f"{path or 'the model'} is a {kind.__name__}")
@@ -128,7 +134,21 @@ def _follow_graph(module: nn.Module, path: str, inputs: list[Any]) -> Any:
             values[node] = _follow(child, where, arguments)
         else:
             values[node] = _of_call(node, kind_of((node.args, node.kwargs)), path)
+        if values[node] == VIEW and all(_is_read_once(n, values) for n in node.all_input_nodes):
+            values[node] = PLAIN
     return PLAIN
+
+
+def _is_read_once(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Whether nobody would see a value change after its one reader."""
+    return node.op != "placeholder" and len(node.users) == 1 and values[node] != VIEW
+
+
+def _may_write(module: nn.Module) -> bool:
+    return any(
+        getattr(part, "inplace", False) or not stock_class(part).__module__.startswith("torch.nn.")
+        for part in module.modules()
+    )
 
 
 def _is_usual_call(module: nn.Module, node: fx.Node) -> bool:
@@ -141,7 +161,7 @@ def _is_usual_call(module: nn.Module, node: fx.Node) -> bool:
 def _of_flatten(start: int, end: int, path: str) -> Any:
     if start not in (0, 1) or end not in (-1, 3):
         raise SeenError(f"{path or 'the model'} flattens an activation in part")
-    return PLAIN
+    return VIEW
 
 
 def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
@@ -149,13 +169,15 @@ def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
     if node.target is operator.getitem and isinstance(arguments[0][0], (tuple, list, dict)):
         key: Any = node.args[1]
         return arguments[0][0][key]
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+    in_place = name.endswith("_") or node.target in IN_PLACE or node.kwargs.get("inplace")
+    if in_place and _holds(VIEW, arguments):
+        raise SeenError(f"{path or 'the model'} may change an activation through a view")
     if not _holds_image(arguments):
-        return PLAIN
+        return _copied(arguments)
     if node.target in (torch.flatten, "flatten"):
         start, end = _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)
         return _of_flatten(start, end, path)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
-    in_place = name.endswith("_") or node.target in IN_PLACE or node.kwargs.get("inplace")
     if _holds(INPUT, arguments) and (in_place or name == "contiguous"):  # which may return it
         raise SeenError(f"{path or 'the model'} changes its input")
     like, plain = (
@@ -169,7 +191,7 @@ def _of_call(node: fx.Node, arguments: Any, path: str) -> Any:
         return _image_of(arguments)
     # A name read of a value: only those that say nothing of strides.
     if node.target in plain and (node.target is not getattr or node.args[1] in ("shape", "dtype")):
-        return PLAIN
+        return VIEW if name == "contiguous" else PLAIN
     raise SeenError(f"{path or 'the model'} calls {name} on an activation")
 
 
@@ -184,6 +206,11 @@ def _holds_image(value: Any) -> bool:
 def _image_of(arguments: Any) -> str:
     """The kind of an image made of others, or which is one of them."""
     return INPUT if _holds(INPUT, arguments) else IMAGE
+
+
+def _copied(arguments: Any) -> str:
+    """The kind of what is made without an image."""
+    return VIEW if _holds(VIEW, arguments) else PLAIN
 
 
 def _holds(kind: str, value: Any) -> bool:

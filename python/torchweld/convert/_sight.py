@@ -57,8 +57,9 @@ class Sight:
 
     def __init__(self, owner: nn.Module, plan: Plan):
         self.plan = plan
-        self._own: list[tuple[str, object]] = []
-        self._entries: list[tuple[dict[str, Any], str, object]] = []
+        self._own: dict[str, object] = {}
+        # By the ids of their dicts, which they hold.
+        self._entries: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
         self._children: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
         self._kinds: dict[nn.Module, type] = {}
         self._compared: list[Read] = []  # what may change while it stays the same object
@@ -68,18 +69,21 @@ class Sight:
         acts = [self._reach(owner, unit.act) for unit in plan.units if unit.act is not None]
         for act in acts:
             for name in _OF_ACTIVATIONS:
-                self._entries.append((act.__dict__, name, act.__dict__.get(name, MISSING)))
+                self._see_entry(owner, act.__dict__, name, act.__dict__.get(name, MISSING))
         self.pairs = [self._reach(owner, path) for unit in plan.units for path in unit.pair]
         opened = [self._reach(owner, path) for path in plan.opened]
         self._states = [module.__dict__ for module in dict.fromkeys((*self.pairs, *acts, *opened))]
+        for children, items in self._children:  # compared whole
+            for name, _ in items:
+                self._entries.pop((id(children), name), None)
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether all of it is as it was."""
         own = owner.__dict__
-        for name, value in self._own:
+        for name, value in self._own.items():
             if own.get(name, MISSING) is not value:
                 return False
-        for values, name, value in self._entries:
+        for values, name, value in self._entries.values():
             if values.get(name, MISSING) is not value:
                 return False
         for children, items in self._children:
@@ -102,41 +106,52 @@ class Sight:
     def _reach(self, owner: nn.Module, path: str) -> nn.Module:
         module = owner
         for name in path.split(".") if path else ():
-            children = module._modules
-            module = children[name]  # type: ignore[assignment]
-            self._see_child(children, name, module)
+            module = self._see_child(owner, module, name)
         return module
 
-    def _see_child(self, children: dict[str, Any], name: str, child: nn.Module) -> None:
+    def _see_child(self, owner: nn.Module, holder: nn.Module, name: str) -> nn.Module:
+        children: Any = holder._modules
+        child: nn.Module = children[name]
+        self._see_table(owner, holder)
         self._kinds[child] = type(child)
-        if not any(children is seen for seen, _ in self._children):
-            self._entries.append((children, name, child))
+        self._entries[id(children), name] = children, name, child
+        return child
+
+    def _see_table(self, owner: nn.Module, holder: nn.Module) -> None:
+        # A replica shares everything with its original but this.
+        self._see_entry(owner, holder.__dict__, "_modules", holder._modules)
 
     def _see(self, owner: nn.Module, read: Read) -> None:
         if isinstance(read.holder, dict):
-            self._see_value(read.holder, read, read.holder.get(read.name, MISSING))
+            self._see_value(owner, read.holder, read, read.holder.get(read.name, MISSING))
             return
         holder = self._reach(owner, read.holder)
         children = holder._modules
-        child = children.get(read.name)
         if read.name == "_modules":
+            self._see_table(owner, holder)
             self._children.append((children, tuple(children.items())))
             self._kinds.update((m, type(m)) for m in children.values() if m is not None)
-        elif child is not None:
-            self._see_child(children, read.name, child)
+        elif children.get(read.name) is not None:
+            self._see_child(owner, holder, read.name)
         else:
-            value = getattr(holder, read.name, MISSING)
-            self._see_value(holder.__dict__, read, value, own=holder is owner)
+            self._see_value(owner, holder.__dict__, read, getattr(holder, read.name, MISSING))
 
     def _see_value(
-        self, values: dict[str, Any], read: Read, value: object, *, own: bool = False
+        self, owner: nn.Module, values: dict[str, Any], read: Read, value: object
     ) -> None:
-        if not _is_unchanging(value) or values.get(read.name, MISSING) is not value:
-            self._compared.append(read)
-        elif own:
-            self._own.append((read.name, value))
+        # What is nowhere may appear in any of several places.
+        if read.name in values and values[read.name] is value and _is_unchanging(value):
+            self._see_entry(owner, values, read.name, value)
         else:
-            self._entries.append((values, read.name, value))
+            self._compared.append(read)
+
+    def _see_entry(
+        self, owner: nn.Module, values: dict[str, Any], name: str, value: object
+    ) -> None:
+        if values is owner.__dict__:
+            self._own[name] = value
+        else:
+            self._entries[id(values), name] = values, name, value
 
 
 def _is_unchanging(value: object) -> bool:
