@@ -58,7 +58,7 @@ struct Buffer {
 // Room for as much as a buffer holds, `shift` bytes behind a border of 64: where stores may go past
 // the caches, and where they may not.
 struct Aligned {
-  Aligned(const Buffer& like, int64_t shift) : storage(like.bytes + 128) {
+  Aligned(const Buffer& like, int64_t shift) : storage(like.bytes + 128, 0x7e) {
     data = storage.data() + (-reinterpret_cast<uintptr_t>(storage.data()) & 63) + shift;
   }
   bool operator==(const Buffer& other) const {

@@ -26,10 +26,6 @@ bool is_channels_last(const Tensor& input, const Tensor& weight) {
   return input.numel() > 0 && (suggests_channels_last(input) || suggests_channels_last(weight));
 }
 
-Tensor channels_last(const Tensor& x) {
-  return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-}
-
 Tensor empty_channels_last(const Tensor& like, const IntList& sizes) {
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               MemoryFormat::ChannelsLast);
