@@ -1,6 +1,7 @@
 """Fits the rule that gives a convolution to one of our algorithms or to ATen's.
 
-    python -m benchmarks.fit_rule build/sweep-0.csv --check build/sweep-1.csv --write rule.h
+    python -m benchmarks.fit_rule build/fit-*.csv --networks build/networks.csv \
+      --check build/check-*.csv --write csrc/ops/cpu/rule.h
 
 For each pass and algorithm, a small decision tree of thresholds says where the algorithm wins:
 Winograd over the better of ATen and dense, the others over ATen. A loss weighs more than a gain, as
@@ -34,7 +35,8 @@ FEATURES = {
 THRESHOLDS = sorted(step << power for step in (2, 3) for power in range(24))
 DEPTH, SMALLEST = 3, 8  # questions to an answer, layers behind an answer
 BEAM = 4  # first questions followed up, as the best alone may be worth little by itself
-MARGIN, PENALTY = math.log(1.03), 4.0  # what is no loss, and the weight of what is
+MARGIN, PENALTY = math.log(1.03), 6.0  # what is no loss, and the weight of what is
+NETWORKS = 3  # drawn layers that one of a network counts for
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,15 @@ def header(rule: dict[str, dict[str, Tree]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_rule", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="from benchmarks.sweep")
+    parser.add_argument(
+        "--networks", nargs="+", type=Path, default=[], metavar="FILE",
+        help=f"of layers people run, which count {NETWORKS} times",
+    )  # fmt: skip
     parser.add_argument("--check", nargs="+", type=Path, default=[], metavar="FILE", help="others")
     parser.add_argument("--write", type=Path, metavar="HEADER", help="where the C++ goes")
     options = parser.parse_args()
-    learned, held_out = read(options.files), read(options.check)
+    learned = read([*options.files, *options.networks * NETWORKS])
+    held_out = read(options.check)
     rule = {name: fit(samples) for name, samples in learned.items()}
     for name, trees in rule.items():
         for algorithm, tree in trees.items():

@@ -120,12 +120,13 @@ RULE = Path(__file__).parent.parent / "benchmarks" / "results" / "rule"
 
 
 def test_the_rule_in_use_is_the_one_the_sweeps_give():
-    learned = fit_rule.read([RULE / "fit-random.csv", RULE / "fit-networks.csv"])
+    networks = [RULE / "networks.csv"] * fit_rule.NETWORKS
+    learned = fit_rule.read([*sorted(RULE.glob("fit-*.csv")), *networks])
     rule = {name: fit_rule.fit(samples) for name, samples in learned.items()}
     header = Path(__file__).parent.parent / "csrc" / "ops" / "cpu" / "rule.h"
     assert header.read_text() == fit_rule.header(rule)
     # Off the layers it was fitted on.
-    for name, samples in fit_rule.read([RULE / "check-random.csv"]).items():
+    for name, samples in fit_rule.read(sorted(RULE.glob("check-*.csv"))).items():
         ratios = [s.times["aten"] / s.times[fit_rule.choose(rule[name], s)] for s in samples]
         assert sum(ratio >= 0.97 for ratio in ratios) >= 0.95 * len(ratios)
         assert fit_rule.geometric_mean(ratios) > 1.3

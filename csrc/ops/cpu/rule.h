@@ -9,11 +9,11 @@ namespace torchweld::ops::rule {
 // clang-format off
 inline bool dense_forward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.channels < 384 && (s.kernel_width < 4 || s.channels < 12)) || (s.channels >= 384 && (s.pixels() < 384 || s.kernel_width < 2)));
+  return ((s.channels < 384 && (s.kernel_width < 4 || s.channels < 12)) || (s.channels >= 384 && (s.kernel_width < 2 || s.pixels() < 96)));
 }
 inline bool winograd_forward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.channels < 48 && (s.channels >= 16 && s.pixels() >= 2048)) || (s.channels >= 48 && s.out_channels >= 16));
+  return ((s.channels < 48 && (s.channels >= 16 && s.pixels() >= 1024)) || (s.channels >= 48 && (s.out_channels >= 32 || s.channels < 192)));
 }
 inline bool depthwise_forward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
@@ -21,11 +21,11 @@ inline bool depthwise_forward([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool dense_backward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.kernel_width < 4 && (s.out_channels < 256 || s.kernel_width < 2)) || (s.kernel_width >= 4 && (s.pixels() < 192 || s.out_channels < 6)));
+  return ((s.channels < 64 && (s.kernel_width < 4 || s.out_channels >= 48)) || (s.channels >= 64 && ((s.out_channels < 64 && s.kernel_width < 4) || (s.out_channels >= 64 && s.pixels() >= 4096))));
 }
 inline bool winograd_backward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return (s.channels >= 24 && (s.channels >= 128 || s.pixels() >= 3072));
+  return ((s.channels < 24 && (s.channels >= 16 && s.pixels() >= 2048)) || (s.channels >= 24 && (s.out_channels >= 96 || s.pixels() >= 768)));
 }
 inline bool depthwise_backward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
@@ -33,11 +33,11 @@ inline bool depthwise_backward([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool dense_folded([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.channels < 384 && (s.kernel_width < 6 || s.out_channels >= 24)) || (s.channels >= 384 && s.out_channels >= 16));
+  return ((s.channels < 384 && (s.kernel_width < 6 || s.channels < 8)) || (s.channels >= 384 && (s.pixels() < 96 || s.kernel_width < 2)));
 }
 inline bool winograd_folded([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return (s.channels >= 32 && (s.out_channels >= 16 && s.pixels() >= 384));
+  return ((s.channels < 32 && (s.channels >= 12 && s.pixels() >= 2048)) || (s.channels >= 32 && (s.out_channels >= 16 || s.channels < 96)));
 }
 inline bool depthwise_folded([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
@@ -45,11 +45,11 @@ inline bool depthwise_folded([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool dense_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return (s.out_channels >= 6 || (s.dilation_width < 2 && s.channels < 64));
+  return ((s.channels < 128 && (s.kernel_width < 4 || s.out_channels >= 8)) || (s.channels >= 128 && (s.kernel_width < 4 && s.dilation_width < 2)));
 }
 inline bool winograd_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return (s.out_channels >= 64 && s.pixels() >= 2048);
+  return (s.channels >= 32 && (s.pixels() >= 512 && s.out_channels >= 32));
 }
 inline bool depthwise_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
