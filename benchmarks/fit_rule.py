@@ -35,7 +35,7 @@ FEATURES = {
 THRESHOLDS = sorted(step << power for step in (2, 3) for power in range(24))
 DEPTH, SMALLEST = 3, 8  # questions to an answer, layers behind an answer
 BEAM = 4  # first questions followed up, as the best alone may be worth little by itself
-MARGIN, PENALTY = math.log(1.03), 6.0  # what is no loss, and the weight of what is
+MARGIN, PENALTY = math.log(1.03), 5.0  # what is no loss, and the weight of what is
 NETWORKS = 3  # drawn layers that one of a network counts for
 
 

@@ -13,7 +13,7 @@ inline bool dense_forward([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool winograd_forward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.channels < 48 && (s.channels >= 16 && s.pixels() >= 1024)) || (s.channels >= 48 && (s.out_channels >= 32 || s.channels < 192)));
+  return ((s.channels < 24 && (s.channels >= 16 && s.pixels() >= 2048)) || (s.channels >= 24 && ((s.out_channels < 32 && s.channels < 192) || (s.out_channels >= 32 && s.pixels() >= 128))));
 }
 inline bool depthwise_forward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
@@ -21,11 +21,11 @@ inline bool depthwise_forward([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool dense_backward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.channels < 64 && (s.kernel_width < 4 || s.out_channels >= 48)) || (s.channels >= 64 && ((s.out_channels < 64 && s.kernel_width < 4) || (s.out_channels >= 64 && s.pixels() >= 4096))));
+  return ((s.channels < 128 && (s.kernel_width < 4 || s.channels < 4)) || (s.channels >= 128 && ((s.out_channels < 64 && s.kernel_width < 4) || (s.out_channels >= 64 && s.pixels() >= 2048))));
 }
 inline bool winograd_backward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.channels < 24 && (s.channels >= 16 && s.pixels() >= 2048)) || (s.channels >= 24 && (s.out_channels >= 96 || s.pixels() >= 768)));
+  return (s.channels >= 24 || (s.channels >= 16 && s.pixels() >= 2048));
 }
 inline bool depthwise_backward([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
@@ -33,7 +33,7 @@ inline bool depthwise_backward([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool dense_folded([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.channels < 384 && (s.kernel_width < 6 || s.channels < 8)) || (s.channels >= 384 && (s.pixels() < 96 || s.kernel_width < 2)));
+  return ((s.channels < 384 && (s.channels < 48 || s.kernel_width < 4)) || (s.channels >= 384 && (s.pixels() < 384 || s.kernel_width < 2)));
 }
 inline bool winograd_folded([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
@@ -45,7 +45,7 @@ inline bool depthwise_folded([[maybe_unused]] const ConvolutionShape& s,
 }
 inline bool dense_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
-  return ((s.channels < 128 && (s.kernel_width < 4 || s.out_channels >= 8)) || (s.channels >= 128 && (s.kernel_width < 4 && s.dilation_width < 2)));
+  return ((s.channels < 128 && (s.out_channels >= 8 || s.kernel_width < 6)) || (s.channels >= 128 && (s.kernel_width < 4 && s.dilation_width < 2)));
 }
 inline bool winograd_folded_bf16([[maybe_unused]] const ConvolutionShape& s,
     [[maybe_unused]] int64_t threads, [[maybe_unused]] int64_t lanes) {
