@@ -105,9 +105,9 @@ def read(paths: Iterable[Path]) -> dict[str, list[Sample]]:
     return samples
 
 
-def score(gain: float) -> float:
+def score(gain: float, penalty: float = PENALTY) -> float:
     """Return what a decision for an algorithm is worth."""
-    return gain if gain > -MARGIN else PENALTY * gain
+    return gain if gain > -MARGIN else penalty * gain
 
 
 def grow(data: Sequence[tuple[dict[str, int], float]], depth: int) -> tuple[Tree, float]:

@@ -34,6 +34,7 @@ ROWS = (1, 16, 128)
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 COLUMNS = ("capability", "threads", "rows", "in_features", "out_features", "float32", *CONFIGS)
 SAMPLE_MS = 1.0
+PENALTY = 4.0  # the weight of a loss
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def fit(layers: Sequence[Layer]) -> tuple[int, int]:
     """Return the smallest numbers of input and output features worth it."""
 
     def worth(smallest: tuple[int, int]) -> float:
-        return sum(score(layer.gain) for layer in taken(layers, smallest))
+        return sum(score(layer.gain, PENALTY) for layer in taken(layers, smallest))
 
     ks, ns = (
         sorted({getattr(layer, name) for layer in layers})
